@@ -1,0 +1,51 @@
+"""vecmat: the fastest correct product of activations and a weight, on the machine you have.
+
+y = vecmat.matmul(x, weight)                 # dense or quantised, any layout, CPU or GPU
+model = vecmat.convert(model, "int8")        # a model's linear layers, in place
+print(vecmat.explain(x, weight))             # which kernel, and why
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from typing import TYPE_CHECKING, Any
+
+from . import tables
+from .errors import NoKernelError, VecmatWarning
+from .nn import Linear, convert
+from .ops import explain, matmul
+from .settings import Settings, settings
+from .weights import Weight, quantize
+
+if TYPE_CHECKING:
+    from .deepspeed import BaseOp, DeepSpeedInferenceConfig, VectorMatMulOp
+
+    HAS_TRITON: bool
+
+__version__ = "0.1.0"
+__all__ = [
+    "HAS_TRITON",
+    "BaseOp",
+    "DeepSpeedInferenceConfig",
+    "Linear",
+    "NoKernelError",
+    "Settings",
+    "VecmatWarning",
+    "VectorMatMulOp",
+    "Weight",
+    "convert",
+    "explain",
+    "matmul",
+    "quantize",
+    "settings",
+    "tables",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "HAS_TRITON":  # looked up when asked for, so that the import itself touches no file
+        return importlib.util.find_spec("triton") is not None
+    if name in ("BaseOp", "DeepSpeedInferenceConfig", "VectorMatMulOp"):
+        return getattr(importlib.import_module(".deepspeed", __name__), name)
+    raise AttributeError(f"module 'vecmat' has no attribute {name!r}")

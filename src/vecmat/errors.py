@@ -1,0 +1,15 @@
+"""What can go wrong, and what it is called.
+
+Three kinds. A caller's mistake raises ``ValueError`` or ``TypeError`` and never falls back. "This kernel cannot" is a
+returned sentence, not an exception. A fault of the device propagates as torch raised it.
+"""
+
+from __future__ import annotations
+
+
+class VecmatWarning(UserWarning):
+    """Something was set aside or replaced, the result is still right: a table ignored, a kernel demoted."""
+
+
+class NoKernelError(RuntimeError):
+    """No kernel may run this problem under ``settings(strict=True)``; the message lists every kernel's reason."""

@@ -1,0 +1,52 @@
+"""torch's own product of x and a dense weight: cuBLAS, hipBLASLt, MKL or oneDNN."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..device import Device
+from ..problem import Problem
+from .base import Config, Kernel, Run, cpu_gemm_flops, time_us
+
+
+class TorchDense(Kernel):
+    """``F.linear`` on a dense weight of x's dtype; the numbers are torch's own."""
+
+    differentiable = True
+
+    def rejects(self, problem: Problem, device: Device) -> str | None:
+        if not problem.weight.dense:
+            return f"the weight is {problem.weight}; this kernel multiplies dense weights"
+        if problem.weight.name != problem.x:
+            return f"x is {problem.x} and the weight {problem.weight}; torch multiplies equal dtypes only"
+        if problem.out != problem.x:
+            return f"the result is {problem.out} and x {problem.x}; torch gives back x's dtype"
+        if problem.compute:
+            return f"compute={problem.compute!r} quantises x; torch would not"
+        return None
+
+    def estimate_us(self, problem: Problem, device: Device, config: Config) -> float:
+        if device.is_gpu:
+            rate = device.tflops32 if problem.x == "fp32" else device.tflops16
+            padded = 2 * max(problem.m, 64) * problem.n * problem.k  # cuBLAS computes whole tiles of rows
+            return time_us(problem.bytes_moved, 0.93 * device.read_gbs, padded, rate, 3.5)
+        if problem.x == "fp32":
+            return time_us(problem.bytes_moved, device.read_gbs, cpu_gemm_flops(problem), device.tflops32, 3.0)
+        flops = problem.flops if problem.m > 1 else 0.0
+        rate = device.tflops16 if problem.x == "bf16" else min(device.tflops16, 0.018 * device.units)
+        return time_us(problem.bytes_moved, device.read_gbs, flops, rate, 5.0)
+
+    def reduction(self, problem: Problem, config: Config) -> str:
+        return f"torch, whatever it takes for m={problem.m}, {problem.x}"
+
+    def bind(self, problem: Problem, device: Device, config: Config) -> Run:
+        if problem.layout == "nk":
+            return F.linear
+
+        def run(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            y = torch.matmul(x, weight)
+            return y if bias is None else y + bias
+
+        return run

@@ -1,0 +1,56 @@
+"""torch's fp8 product, ``_scaled_mm``: fp8 x by fp8 weight on tensor cores."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..device import Device
+from ..problem import DTYPES, Problem
+from ..weights import Weight, quantize_rows
+from .base import Config, Kernel, Run, finish, flat, time_us
+
+
+class TorchFp8(Kernel):
+    """fp8 weight with ``compute="fp8"``: x quantised by rows to e4m3, ``torch._scaled_mm`` with row-wise scales.
+
+    The product of the fp8 values is summed by the tensor cores (their fp8 accumulator keeps fewer digits than fp32
+    unless ``use_fast_accum`` is off, as here), scaled in fp32 and rounded once to the result.
+    """
+
+    def rejects(self, problem: Problem, device: Device) -> str | None:
+        if problem.weight.name != "fp8":
+            return f"the weight is {problem.weight}; this kernel multiplies fp8"
+        if problem.compute != "fp8":
+            return "torch._scaled_mm needs fp8 x too; only compute='fp8' allows that"
+        if problem.grad:
+            return "a gradient is asked for; torch._scaled_mm has none"
+        if device.kind == "cuda" and device.capability < 89:
+            return f"{device.arch} has no fp8 tensor cores"
+        if not device.is_gpu:
+            return "torch._scaled_mm on a CPU widens one number at a time; this kernel leaves it to GPUs"
+        if problem.k % 16 or problem.n % 16:
+            return f"N={problem.n} or K={problem.k} is not a multiple of 16, as torch._scaled_mm needs"
+        if problem.out != "bf16":
+            return f"the result is {problem.out}; torch._scaled_mm with row-wise scales gives bf16"
+        return None
+
+    def estimate_us(self, problem: Problem, device: Device, config: Config) -> float:
+        flops = 2 * max(problem.m, 64) * problem.n * problem.k
+        return time_us(problem.bytes_moved, 0.8 * device.read_gbs, flops, device.tops8, 20.0)
+
+    def reduction(self, problem: Problem, config: Config) -> str:
+        return f"torch, whatever it takes for m={problem.m}, fp8"
+
+    def bind(self, problem: Problem, device: Device, config: Config) -> Run:
+        n, out = problem.n, DTYPES[problem.out]
+
+        def run(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
+            assert weight.scale is not None
+            q, row_scale = quantize_rows(flat(x), "fp8")
+            y: Any = torch._scaled_mm(q, weight.data.t(), row_scale, weight.scale.t(), out_dtype=out)
+            return finish(y, bias, out).view(*x.shape[:-1], n)
+
+        return run

@@ -1,0 +1,239 @@
+"""Linear: a linear layer whose product goes through ``matmul``; convert(): a whole model's."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .ops import COMPUTES, matmul
+from .problem import DTYPE_NAMES, Format, Layout
+from .weights import Weight, check_layout, quantize
+
+_PARTS = {"data": "weight", "scale": "weight_scale", "zero": "weight_zero"}
+
+
+class Linear(nn.Module):
+    """y = x @ weight + bias with the weight in any format; a drop-in for ``torch.nn.Linear``.
+
+    in_features, out_features: K and N. weights: "fp32", "bf16", "fp16", "int8", "int4" or "fp8", None for a dense
+    weight of ``dtype``. group_size, symmetric: as for ``vecmat.quantize``. layout: how a dense weight lies.
+    compute: as for ``vecmat.matmul``. dtype: of the bias, and of x.
+
+    state_dict: a dense ``weight`` is a Parameter, as in ``torch.nn.Linear``; a quantised one is the buffers
+    ``weight``, ``weight_scale`` and, with zero points, ``weight_zero``, in the plain storage of ``vecmat.Weight``.
+    Their dtypes never change: ``.to(dtype)``, ``.half()`` and the like move them and cast only the bias. Loading a
+    state_dict checks shapes, dtypes and scales.
+
+    A fresh layer's weight is drawn as ``torch.nn.Linear`` draws it.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, *, weights: str | None = None,
+                 group_size: int | None = None, symmetric: bool = True, layout: Layout = "nk",
+                 compute: str | None = None, device: Any = None, dtype: torch.dtype | None = None) -> None:  # fmt: skip
+        check_layout("Linear", layout)
+        made = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
+        name = weights or DTYPE_NAMES[made.weight.dtype]
+        dense = made.weight.detach()
+        dense = dense.t().contiguous() if layout == "kn" else dense
+        self._set(quantize(dense, name, layout=layout, group_size=group_size, symmetric=symmetric), made.bias, compute)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Module, weights: str | None = None, *, group_size: int | None = None,
+                    symmetric: bool = True, compute: str | None = None) -> Linear:  # fmt: skip
+        """The Linear that computes what ``linear`` does, its weight stored as ``weights``.
+
+        linear: a ``torch.nn.Linear``, or a ``transformers`` Conv1D, whose weight is (K, N). weights: None keeps the
+        weight's own dtype, and the very Parameter, so that what is tied to it stays tied; the bias is shared too.
+        Raises ``TypeError`` for another kind of module, and what ``vecmat.quantize`` raises.
+        """
+        layout = _layout_of(linear)
+        if layout is None:
+            raise TypeError(f"from_linear: {type(linear).__name__} is no torch.nn.Linear (or transformers Conv1D)")
+        parameter, bias = linear.weight, linear.bias
+        assert isinstance(parameter, Tensor)
+        own = DTYPE_NAMES.get(parameter.dtype, str(parameter.dtype))
+        made = cls.__new__(cls)
+        if weights in (None, own):
+            made._set(Weight(own, parameter, layout=layout), bias, compute)
+        else:
+            assert weights is not None
+            stored = quantize(parameter, weights, layout=layout, group_size=group_size, symmetric=symmetric)
+            made._set(stored, bias, compute)
+        made.train(linear.training)
+        return made
+
+    @classmethod
+    def from_weight(cls, weight: Weight, bias: Tensor | None = None, *, compute: str | None = None) -> Linear:
+        """The Linear around a Weight and a bias (N,) or None."""
+        if bias is not None and tuple(bias.shape) != (weight.n,):
+            raise ValueError(f"from_weight: bias has shape {tuple(bias.shape)}; expected ({weight.n},)")
+        made = cls.__new__(cls)
+        made._set(weight, bias, compute)
+        return made
+
+    def _set(self, weight: Weight, bias: Tensor | None, compute: str | None) -> None:
+        if compute not in COMPUTES:
+            raise ValueError(f"Linear: compute is {compute!r}; expected None, 'int8' or 'fp8'")
+        super().__init__()
+        self.in_features, self.out_features = weight.k, weight.n
+        self.format, self.layout, self.compute = weight.format, weight.layout, compute
+        if weight.format.dense:
+            data = weight.data
+            self.weight = data if isinstance(data, nn.Parameter) else nn.Parameter(data)
+        else:
+            for part, name in _PARTS.items():
+                self.register_buffer(name, getattr(weight, part))
+        if bias is None or isinstance(bias, nn.Parameter):
+            self.register_parameter("bias", bias)
+        else:
+            self.bias = nn.Parameter(bias, requires_grad=False)
+        self._weight: Weight | None = None
+
+    def stored(self) -> Weight:
+        """The layer's Weight; it shares the layer's tensors."""
+        if self._weight is None:
+            parts = {part: getattr(self, name, None) for part, name in _PARTS.items()}
+            self._weight = Weight(self.format, **parts, k=self.in_features, layout=self.layout)
+        return self._weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """y (..., N) for x (..., K)."""
+        weight = self._weight
+        return matmul(x, self.stored() if weight is None else weight, self.bias, compute=self.compute)
+
+    def extra_repr(self) -> str:
+        """What ``print(layer)`` shows between its brackets."""
+        told = [f"in_features={self.in_features}, out_features={self.out_features}", f"weights={self.format}"]
+        told += [f"bias={self.bias is not None}"] + ([f"layout={self.layout}"] if self.layout == "kn" else [])
+        return ", ".join(told + ([f"compute={self.compute}"] if self.compute else []))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Linear:
+        kept = {} if self.format.dense else {name: self._buffers.pop(name, None) for name in _PARTS.values()}
+        super()._apply(fn, recurse)
+        for name, tensor in kept.items():
+            if tensor is not None:
+                moved = fn(tensor)
+                tensor = moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+            self._buffers[name] = tensor
+        self._weight = None
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool,
+                              missing_keys: list[str], unexpected_keys: list[str],
+                              error_msgs: list[str]) -> None:  # fmt: skip
+        for name in () if self.format.dense else _PARTS.values():
+            own, new = getattr(self, name), state_dict.get(prefix + name)
+            if own is not None and new is not None and new.dtype != own.dtype:  # copy_ would cast it silently
+                error_msgs.append(f"{prefix}{name} is {new.dtype}; {self.format} weights expect {own.dtype}")
+        if error_msgs:
+            return
+        before = {} if self.format.dense else {name: getattr(self, name) for name in _PARTS.values()}
+        saved = {name: tensor.clone() for name, tensor in before.items() if tensor is not None}
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        self._weight = None
+        try:
+            self.stored()
+        except ValueError as error:
+            error_msgs.append(f"{prefix}weight: {error}")
+            for name, tensor in saved.items():  # a refused weight leaves the layer as it was
+                setattr(self, name, before[name].copy_(tensor))
+            self._weight = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_weight": None}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Linear:
+        import copy
+
+        made = type(self).__new__(type(self))
+        memo[id(self)] = made
+        made.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
+        return made
+
+
+def _layout_of(module: nn.Module) -> Layout | None:
+    """How a linear module's weight lies; None for a module that is not one, or that computes something else."""
+    if isinstance(module, nn.Linear):
+        plain = type(module).forward is nn.Linear.forward
+        # MultiheadAttention reads its out_proj's weight itself, past any forward.
+        return "nk" if plain and not isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear) else None
+    if type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers."):
+        return "kn"
+    return None
+
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers of a model that ``convert`` can replace, by qualified name."""
+    return {name: module for name, module in model.named_modules() if _layout_of(module) is not None}
+
+
+def convert(
+    model: nn.Module,
+    weights: str = "int8",
+    *,
+    group_size: int | None = None,
+    symmetric: bool = True,
+    compute: str | None = None,
+    skip: Iterable[str] = (),
+    untie: bool = False,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> nn.Module:
+    """The model, its linear layers replaced in place by ``vecmat.Linear`` with weights in a format.
+
+    weights, group_size, symmetric, compute: as for ``vecmat.Linear``; int4 without a group_size takes, layer by
+    layer, the largest that divides K. skip: names of layers to leave to torch: a qualified name, a last component
+    ("lm_head") or a pattern ("*.mlp.*").
+
+    A weight that another module shares (a tied embedding) stays one tensor: its layer keeps the dense weight and
+    still computes through ``vecmat``. untie=True gives that layer its own quantised copy instead: faster, at the
+    price of that copy's memory.
+
+    progress: called with (name, done, total) after each layer. Raises ``ValueError`` for a skip that names no
+    layer, for a model without linear layers, and what ``vecmat.quantize`` raises; the layers before it stay
+    converted.
+    """
+    layers = linear_layers(model)
+    if not layers:
+        raise ValueError(f"convert: {type(model).__name__} has no torch.nn.Linear to convert")
+    if "" in layers:
+        raise ValueError("convert: the model is itself a linear layer; use vecmat.Linear.from_linear")
+    Format.make(weights.split(":")[0], 32 if weights.startswith("int4") else None)
+    skipped = {name for pattern in skip for name in _matching(pattern, layers)}
+    owners: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    todo = [name for name in layers if name not in skipped]
+    for done, name in enumerate(todo, 1):
+        linear = layers[name]
+        tied = owners[id(linear.weight)] > 1 and not untie
+        wanted = None if tied else weights
+        made = Linear.from_linear(
+            linear, wanted, group_size=group_size, symmetric=symmetric, compute=None if tied else compute
+        )
+        parent, _, last = name.rpartition(".")
+        setattr(model.get_submodule(parent), last, made)
+        layers[name] = made  # drop the old layer's weight before the next one is quantised
+        if progress is not None:
+            progress(name, done, len(todo))
+    return model
+
+
+def _matching(pattern: str, layers: dict[str, nn.Module]) -> list[str]:
+    found = [
+        name
+        for name in layers
+        if name == pattern or name.rpartition(".")[2] == pattern or fnmatch.fnmatchcase(name, pattern)
+    ]
+    if not found:
+        near = difflib.get_close_matches(pattern, {*layers, *(name.rpartition(".")[2] for name in layers)}, 1)
+        hint = f"; the nearest is {near[0]!r}" if near else ""
+        raise ValueError(f"convert: skip names {pattern!r}, which is no linear layer of the model{hint}")
+    return found

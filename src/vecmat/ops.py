@@ -1,0 +1,225 @@
+"""matmul(): validate, name the problem, find its plan, run it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .device import Device
+from .dispatch import Candidate, Plan, candidates, choose, first_run
+from .problem import DTYPE_NAMES, Layout, Problem
+from .settings import scope
+from .weights import Signature, Weight, check_layout, dense_format
+
+COMPUTES = (None, "int8", "fp8")
+
+
+def matmul(
+    x: Tensor,
+    weight: Tensor | Weight,
+    bias: Tensor | None = None,
+    *,
+    layout: Layout = "nk",
+    out_dtype: torch.dtype | None = None,
+    kernel: str | None = None,
+    compute: str | None = None,
+) -> Tensor:
+    """y = x @ weight + bias, by the fastest kernel known for this problem on x's device.
+
+    x: (..., K), one dimension or more, fp32, bf16 or fp16, any strides. weight: a ``Weight``, or a dense tensor of
+    x's dtype, (N, K) with layout "nk" (as ``torch.nn.Linear`` keeps it) or (K, N) with "kn"; a ``Weight`` knows its
+    own layout. bias: (N,), x's dtype. out_dtype: the result's dtype, x's by default. kernel: a kernel's name to use
+    and no other. compute: None keeps x as it is; "int8" (int8 weights) or "fp8" (fp8 weights) quantises each row of
+    x on the fly, which changes the numbers and is therefore never chosen for you.
+
+    Returns y (..., N), freshly allocated. Sums are in fp32 at least and rounded once; the same call gives the same
+    bits. Raises ``ValueError`` or ``TypeError`` naming the argument for shapes, dtypes, devices or options that do
+    not fit, and ``ValueError`` if the named kernel cannot run the problem.
+    """
+    if torch.compiler.is_compiling():
+        return _traced(x, weight, bias, layout, out_dtype, kernel, compute)
+    grad = torch.is_grad_enabled()
+    try:
+        if isinstance(weight, Weight):
+            about: Any = weight.signature
+            grad = grad and (x.requires_grad or weight.data.requires_grad or (bias is not None and bias.requires_grad))
+        else:
+            about = (weight.shape, weight.dtype, weight.device, layout)
+            grad = grad and (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad))
+        key = (
+            x.shape, x.dtype, x.device, about, grad, out_dtype, kernel, compute, torch.get_num_threads(),
+            None if bias is None else (bias.shape, bias.dtype, bias.device),
+        )  # fmt: skip
+        plan = scope().plans.get(key)
+    except (AttributeError, TypeError):  # something is no tensor, or not hashable: bind_problem says what
+        plan = key = None
+    if plan is not None:
+        if isinstance(weight, Weight):
+            return plan.run(x, plan.kernel.operand(weight), bias)  # type: ignore[no-any-return]
+        return plan.run(x, weight, bias)  # type: ignore[no-any-return]
+    problem, device = bind_problem(x, weight, bias, layout=layout, out_dtype=out_dtype, compute=compute)
+    if 0 in (problem.m, problem.n, problem.k):
+        return _empty(x, problem, bias, out_dtype)
+    return first_run(choose(problem, device, kernel=kernel), key, x, weight, bias, named=kernel is not None)
+
+
+def _empty(x: Tensor, problem: Problem, bias: Tensor | None, out_dtype: torch.dtype | None) -> Tensor:
+    """The result where there is nothing to multiply: zeros, plus the bias."""
+    y = x.new_zeros(*x.shape[:-1], problem.n, dtype=out_dtype or x.dtype)
+    return y if bias is None else y + bias.to(y.dtype)
+
+
+def _traced(
+    x: Tensor, weight: Tensor | Weight, bias: Tensor | None, layout: Layout, out_dtype: torch.dtype | None,
+    kernel: str | None, compute: str | None,
+) -> Tensor:  # fmt: skip
+    """The product as plain torch operations, for ``torch.compile`` and ``torch.export`` to trace."""
+    if kernel is not None or compute is not None:
+        raise ValueError("matmul: kernel= and compute= do not work inside torch.compile")
+    if isinstance(weight, Weight):
+        dense = weight.dequantize(x.dtype)
+        layout = weight.layout
+    else:
+        dense = weight
+    y = F.linear(x, dense.t() if layout == "kn" else dense, bias)
+    return y if out_dtype is None else y.to(out_dtype)
+
+
+def bind_problem(
+    x: Tensor,
+    weight: Tensor | Weight,
+    bias: Tensor | None = None,
+    *,
+    layout: Layout = "nk",
+    out_dtype: torch.dtype | None = None,
+    compute: str | None = None,
+) -> tuple[Problem, Device]:
+    """The Problem and Device of matmul's arguments, checked; raises what ``matmul`` raises."""
+    for name, value, kinds in (("x", x, Tensor), ("weight", weight, (Tensor, Weight)), ("bias", bias, Tensor)):
+        if not isinstance(value, kinds) and not (name == "bias" and value is None):
+            wanted = "a tensor or a vecmat.Weight" if name == "weight" else "a tensor"
+            raise TypeError(f"matmul: {name} is {type(value).__name__}; expected {wanted}")
+    signature = _signature(weight, layout)
+    if x.dtype not in DTYPE_NAMES:
+        raise TypeError(f"matmul: x is {x.dtype}; expected {', '.join(map(str, DTYPE_NAMES))}")
+    told = f"(x {_told(x)}, weight {_told(weight)})"
+    if x.dim() == 0:
+        raise ValueError(f"matmul: x has no dimensions; expected (..., K) {told}")
+    if x.shape[-1] != signature.k:
+        raise ValueError(f"matmul: weight has K={signature.k} but x has K={x.shape[-1]} {told}")
+    if signature.device != x.device:
+        raise ValueError(f"matmul: weight is on {signature.device} but x is on {x.device} {told}")
+    if isinstance(weight, Tensor) and weight.dtype != x.dtype:
+        raise TypeError(
+            f"matmul: weight is {weight.dtype} but x is {x.dtype}; cast one, or make a Weight of it with "
+            f"vecmat.quantize to keep its storage {told}"
+        )
+    if bias is not None:
+        if tuple(bias.shape) != (signature.n,):
+            raise ValueError(f"matmul: bias has shape {tuple(bias.shape)}; expected ({signature.n},) {told}")
+        if bias.dtype != x.dtype:
+            raise TypeError(f"matmul: bias is {bias.dtype}; expected x's {x.dtype} {told}")
+        if bias.device != x.device:
+            raise ValueError(f"matmul: bias is on {bias.device} but x is on {x.device} {told}")
+    if out_dtype is not None and out_dtype not in DTYPE_NAMES:
+        raise TypeError(f"matmul: out_dtype is {out_dtype}; expected {', '.join(map(str, DTYPE_NAMES))}")
+    wants_grad = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (x, bias, weight.data if isinstance(weight, Weight) else weight)
+    )
+    _check_compute(compute, signature, wants_grad)
+    problem = Problem(
+        m=math.prod(x.shape[:-1]),
+        n=signature.n,
+        k=signature.k,
+        x=DTYPE_NAMES[x.dtype],
+        weight=signature.format,
+        layout=signature.layout,
+        out=DTYPE_NAMES[out_dtype or x.dtype],
+        bias=bias is not None,
+        compute=compute or "",
+        grad=wants_grad,
+    )
+    return problem, Device.of(x.device)
+
+
+def _signature(weight: Tensor | Weight, layout: Layout) -> Signature:
+    check_layout("matmul", layout)
+    if isinstance(weight, Weight):
+        return weight.signature
+    if weight.dim() != 2:
+        raise ValueError(f"matmul: weight has shape {tuple(weight.shape)}; expected two dimensions")
+    n, k = weight.shape if layout == "nk" else (weight.shape[1], weight.shape[0])
+    return Signature.intern(dense_format(weight.dtype), n, k, layout, weight.device)
+
+
+def _check_compute(compute: str | None, signature: Signature, wants_grad: bool) -> None:
+    if compute not in COMPUTES:
+        raise ValueError(f"matmul: compute is {compute!r}; expected None, 'int8' or 'fp8'")
+    if compute is None:
+        return
+    if signature.format.name != compute or signature.format.group_size is not None:
+        raise ValueError(
+            f"matmul: compute={compute!r} multiplies {compute} by {compute}, so it needs an {compute} weight with one "
+            f"scale per channel; this one is {signature.format}"
+        )
+    if wants_grad:
+        raise ValueError(f"matmul: compute={compute!r} has no gradient; call it under torch.inference_mode()")
+
+
+def _told(value: Tensor | Weight) -> str:
+    kind = value.format if isinstance(value, Weight) else DTYPE_NAMES.get(value.dtype, value.dtype)
+    return f"{kind} {tuple(value.shape)}"
+
+
+class Explanation:
+    """Why a kernel was chosen: ``plan``, every ``Candidate`` (chosen first), and a table when printed."""
+
+    def __init__(self, plan: Plan, answers: list[Candidate]) -> None:
+        self.plan = plan
+        self.candidates = sorted(answers, key=lambda c: c.kernel != plan.kernel.name)
+
+    def __str__(self) -> str:
+        plan = self.plan
+        config = " ".join(f"{name}={value}" for name, value in plan.config.items())
+        lines = [
+            f"{plan.problem.key()} on {plan.device.name}",
+            f"-> {plan.kernel.name}{f' ({config})' if config else ''}, {plan.decided_by}",
+            f"   sums K as: {plan.reduction}",
+        ]
+        if plan.problem.compute:
+            lines.append(f"   compute={plan.problem.compute!r}: each row of x is quantised; this changes the numbers")
+        width = max(len(c.kernel) for c in self.candidates)
+        for c in self.candidates:
+            told = f"about {c.estimate_us:,.1f} us" if c.reason is None else f"cannot: {c.reason}"
+            lines.append(f"   {c.kernel:<{width}}  {told}")
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+def explain_problem(problem: Problem, device: Device, *, kernel: str | None = None) -> Explanation:
+    """The Explanation for a Problem on a Device, neither of which need exist here."""
+    return Explanation(choose(problem, device, kernel=kernel), candidates(problem, device))
+
+
+def explain(
+    x: Tensor,
+    weight: Tensor | Weight,
+    bias: Tensor | None = None,
+    *,
+    layout: Layout = "nk",
+    out_dtype: torch.dtype | None = None,
+    kernel: str | None = None,
+    compute: str | None = None,
+) -> Explanation:
+    """The Explanation of what ``matmul`` would do with the same arguments; nothing is multiplied.
+
+    Print it: the chosen kernel and which rung of the ladder chose it, then every kernel with its estimate or the
+    reason it cannot. Raises what ``matmul`` raises.
+    """
+    problem, device = bind_problem(x, weight, bias, layout=layout, out_dtype=out_dtype, compute=compute)
+    return explain_problem(problem, device, kernel=kernel)

@@ -1,0 +1,79 @@
+"""Settings: one frozen value, changed for a block of code by a context manager."""
+
+from __future__ import annotations
+
+import dataclasses
+from contextvars import ContextVar, Token
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """Everything that changes how a kernel is chosen, and nothing that changes what is computed.
+
+    strict: raise ``NoKernelError`` where only the fallback kernel is left, instead of running it.
+    overlay: a ``table.Table`` asked before the user's and the shipped one (``vecmat.tables.use`` sets it).
+    """
+
+    strict: bool = False
+    overlay: Any = None
+
+
+class Scope:
+    """Settings and the plans chosen under them, so that the warm path is one context lookup and one dict lookup."""
+
+    __slots__ = ("plans", "settings")
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.plans: dict[Any, Any] = {}
+
+
+_SCOPES: dict[Settings, Scope] = {Settings(): Scope(Settings())}
+_MOST_SCOPES = 64
+_SCOPE: ContextVar[Scope] = ContextVar("vecmat.scope", default=_SCOPES[Settings()])
+
+scope = _SCOPE.get
+
+
+def forget_plans() -> None:
+    """Drop every memoised plan; the next call of each problem chooses again (after a table changed, say)."""
+    for known in list(_SCOPES.values()):
+        known.plans.clear()
+
+
+class settings:  # noqa: N801 - it reads as a statement: with vecmat.settings(strict=True)
+    """Context manager that changes settings for the code inside it, in this thread or task only.
+
+    >>> with vecmat.settings(strict=True):
+    ...     y = vecmat.matmul(x, weight)
+
+    Raises ``TypeError`` for a setting that does not exist.
+    """
+
+    def __init__(self, **changes: Any) -> None:
+        known = [field.name for field in dataclasses.fields(Settings)]
+        for name in changes:
+            if name not in known:
+                raise TypeError(f"settings: there is no setting {name!r}; the settings are {', '.join(known)}")
+        if not isinstance(changes.get("strict", False), bool):
+            raise TypeError(f"settings: strict is {changes['strict']!r}; expected True or False")
+        self._changes = changes
+        self._tokens: list[Token[Scope]] = []
+
+    @staticmethod
+    def current() -> Settings:
+        """The settings in force here."""
+        return scope().settings
+
+    def __enter__(self) -> Settings:
+        value = dataclasses.replace(scope().settings, **self._changes)
+        if value not in _SCOPES:
+            while len(_SCOPES) >= _MOST_SCOPES:  # overlays come and go; the default scope, first in, stays
+                _SCOPES.pop(list(_SCOPES)[1])
+            _SCOPES[value] = Scope(value)
+        self._tokens.append(_SCOPE.set(_SCOPES[value]))
+        return value
+
+    def __exit__(self, *exc: object) -> None:
+        _SCOPE.reset(self._tokens.pop())
