@@ -55,7 +55,7 @@ class Linear(nn.Module):
         if layout is None:
             raise TypeError(f"from_linear: {type(linear).__name__} is no torch.nn.Linear (or transformers Conv1D)")
         parameter, bias = linear.weight, linear.bias
-        assert isinstance(parameter, Tensor)
+        assert isinstance(parameter, Tensor) and (bias is None or isinstance(bias, Tensor))
         own = DTYPE_NAMES.get(parameter.dtype, str(parameter.dtype))
         made = cls.__new__(cls)
         if weights in (None, own):
@@ -97,7 +97,7 @@ class Linear(nn.Module):
     def stored(self) -> Weight:
         """The layer's Weight; it shares the layer's tensors."""
         if self._weight is None:
-            parts = {part: getattr(self, name, None) for part, name in _PARTS.items()}
+            parts: dict[str, Any] = {part: getattr(self, name, None) for part, name in _PARTS.items()}
             self._weight = Weight(self.format, **parts, k=self.in_features, layout=self.layout)
         return self._weight
 
@@ -114,7 +114,7 @@ class Linear(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Linear:
         kept = {} if self.format.dense else {name: self._buffers.pop(name, None) for name in _PARTS.values()}
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, tensor in kept.items():
             if tensor is not None:
                 moved = fn(tensor)

@@ -42,7 +42,7 @@ def forget_plans() -> None:
         known.plans.clear()
 
 
-class settings:  # noqa: N801 - it reads as a statement: with vecmat.settings(strict=True)
+class settings:
     """Context manager that changes settings for the code inside it, in this thread or task only.
 
     >>> with vecmat.settings(strict=True):

@@ -228,7 +228,7 @@ def user_table(device_name: str, file: Path) -> Table | None:
 @functools.lru_cache(maxsize=64)
 def shipped_table(device_name: str) -> Table | None:
     """The table that the package ships for a device, None if it ships none."""
-    resource = resources.files(__package__).joinpath("tables", f"{_file_name(device_name)}.json")
+    resource = resources.files(__package__) / "tables" / f"{_file_name(device_name)}.json"
     if not resource.is_file():
         return None
     table = _parse(resource.read_text(encoding="utf-8"), f"shipped with vecmat: {resource.name}")

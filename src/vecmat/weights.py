@@ -12,8 +12,8 @@ int4    uint8 (N, ceil(K/2)), the even k in the  (nibble - 8) * scale[n, g], or
 fp8     float8_e4m3fn (N, K)                     data[n, k] * scale[n, 0]
 ======  =======================================  ==========================================================
 
-``scale`` is fp32 (N, groups), ``zero`` uint8 (N, groups). The scales that ``quantize`` makes lie on bf16's grid, so that
-a kernel which takes bf16 scales computes with exactly the same weight.
+``scale`` is fp32 (N, groups), ``zero`` uint8 (N, groups). The scales that ``quantize`` makes lie on bf16's grid, so
+that a kernel which takes bf16 scales computes with exactly the same weight.
 """
 
 from __future__ import annotations
@@ -114,7 +114,8 @@ class Weight:
                     f"expected a finite number that is not zero"
                 )
         if self.format.name == "fp8" and self.data.device.type != "meta":
-            if bool(((self.data.view(torch.uint8) & 127) == 127).any()):
+            nan = (self.data.view(torch.uint8) & 127) == 127
+            if bool(nan.any()):
                 raise ValueError("Weight: data has NaN; expected finite float8_e4m3fn values")
         if self.zero is not None and self.zero.device.type != "meta" and bool((self.zero > 15).any()):
             raise ValueError(f"Weight: zero has a value of {int(self.zero.max())}; expected 0 to 15 for int4")
@@ -256,7 +257,7 @@ def quantize(
         if w.device.type != "meta" and not bool(torch.isfinite(block).all()):
             raise ValueError(f"quantize: w has values that are not finite (shape {tuple(w.shape)}, {w.dtype})")
         data[rows], scale[rows], zeros = _quantize_rows(block, fmt)
-        if zero is not None:
+        if zero is not None and zeros is not None:
             zero[rows] = zeros
     return Weight(fmt, data, scale, zero, k=k, layout=layout)
 
