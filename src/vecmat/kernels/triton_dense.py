@@ -1,0 +1,140 @@
+"""Dense fp16 and bf16 on tensor cores, in Triton: any M, both layouts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..device import Device
+from ..problem import DTYPES, Problem, bucket
+from ._triton import LAUNCH_ERRORS, fitting, on_device, rejects_dense16, tile_of
+from .base import Config, Kernel, Run, flat, time_us
+
+
+@triton.jit
+def _tiles(x_ptr, w_ptr, bias_ptr, y_ptr, M, N, K, stride_xm, stride_xk, stride_wn, stride_wk, stride_ym,
+           BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+           HAS_BIAS: tl.constexpr, EVEN_K: tl.constexpr):  # fmt: skip
+    """y (M, N) = x (M, K) @ w (N, K).T + bias; one program a (BLOCK_M, BLOCK_N) tile of y, K in steps of BLOCK_K.
+
+    Products and sums in fp32 on the tensor cores, the bias added in fp32, one rounding at the store. Rows and
+    columns past the edge read row or column 0 and are not stored; past K's end both operands read zero.
+    """
+    tile_m, tile_n = tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
+    m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    row = tl.where(m < M, m, 0).to(tl.int64)
+    column = tl.where(n < N, n, 0).to(tl.int64)
+    x_tile = x_ptr + row[:, None] * stride_xm + k[None, :] * stride_xk
+    w_tile = w_ptr + column[None, :] * stride_wn + k[:, None].to(tl.int64) * stride_wk
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, K, BLOCK_K):
+        if EVEN_K:
+            x = tl.load(x_tile)
+            w = tl.load(w_tile)
+        else:
+            x = tl.load(x_tile, mask=k[None, :] < K - start, other=0.0)
+            w = tl.load(w_tile, mask=k[:, None] < K - start, other=0.0)
+        acc = tl.dot(x, w, acc)
+        x_tile += BLOCK_K * stride_xk
+        w_tile += BLOCK_K * stride_wk
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + column)[None, :].to(tl.float32)
+    y_tile = y_ptr + m[:, None].to(tl.int64) * stride_ym + n[None, :]
+    tl.store(y_tile, acc.to(y_ptr.dtype.element_ty), mask=(m[:, None] < M) & (n[None, :] < N))
+
+
+# (BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages)
+_SMALL = [
+    (16, 16, 256, 4, 4), (16, 32, 128, 4, 6), (16, 32, 256, 4, 4), (16, 64, 128, 4, 5), (16, 64, 256, 4, 4),
+    (16, 128, 128, 4, 4), (16, 128, 64, 4, 6), (32, 32, 128, 4, 5), (32, 64, 128, 4, 4), (32, 128, 64, 4, 5),
+    (64, 32, 128, 4, 4), (64, 64, 64, 4, 5), (64, 64, 128, 4, 4), (64, 128, 64, 4, 5),
+]  # fmt: skip
+_LARGE = [
+    (64, 64, 64, 4, 5), (64, 128, 64, 4, 4), (64, 256, 64, 8, 4), (128, 64, 64, 4, 4), (128, 128, 64, 4, 4),
+    (128, 128, 64, 8, 4), (128, 128, 128, 8, 3), (128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (256, 128, 64, 8, 3),
+]  # fmt: skip
+
+
+def _config(tile: tuple[int, int, int, int, int]) -> Config:
+    block_m, block_n, block_k, num_warps, num_stages = tile
+    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "GROUP_M": 8,
+            "num_warps": num_warps, "num_stages": num_stages}  # fmt: skip
+
+
+class TritonDense(Kernel):
+    """Tiles of y on tensor cores, one program each, K in one pass: nothing is shared between programs.
+
+    fp32 sums in BLOCK_K steps, in order; no split of K and no atomics, so the same call gives the same bits.
+    """
+
+    launch_errors = LAUNCH_ERRORS
+
+    def rejects(self, problem: Problem, device: Device) -> str | None:
+        return rejects_dense16(problem, device)
+
+    def configs(self, problem: Problem, device: Device) -> Sequence[Config]:
+        m = bucket(problem.m)
+        deepest = max(64, triton.next_power_of_2(problem.k))
+        # Accumulators a thread: before Hopper, whose tensor cores read from shared memory, operands need registers too.
+        most = 128 if device.capability >= 90 else 64
+        tiles = [
+            tile
+            for tile in (_SMALL if m <= 64 else _LARGE)
+            if tile[0] <= max(16, 2 * m) and tile[2] <= deepest and tile[0] * tile[1] <= most * 32 * tile[3]
+        ]
+        return fitting([_config(tile) for tile in tiles], device)
+
+    def default_config(self, problem: Problem, device: Device) -> Config:
+        """The config whose waves of tiles cost least: bytes for few rows, padded operations for many."""
+        return min(self.configs(problem, device), key=lambda config: self._cost(problem, device, config))
+
+    def _cost(self, problem: Problem, device: Device, config: Config) -> float:
+        block_m, block_n = int(config["BLOCK_M"]), int(config["BLOCK_N"])
+        m = bucket(problem.m)
+        tiles = -(-m // block_m) * -(-problem.n // block_n)
+        waves = -(-tiles // device.units)
+        # A multiprocessor alone cannot draw its share of the bandwidth with a small tile in flight; a wave of big
+        # tiles that does not fill the device leaves the rest idle.
+        tile_bytes = 2.0 * problem.k * (block_n + min(m, block_m))
+        per_unit = device.read_gbs / device.units * 1e3
+        reads = waves * tile_bytes / per_unit
+        operations = waves * 2.0 * block_m * block_n * problem.k / (device.tflops16 / device.units * 1e6)
+        return max(reads, operations) + 0.2 * min(reads, operations)
+
+    def estimate_us(self, problem: Problem, device: Device, config: Config) -> float:
+        if device.interpreted:
+            return 1e9  # for tests, never a choice
+        cost = self._cost(problem, device, config)
+        return max(cost, time_us(problem.bytes_moved, 0.85 * device.read_gbs)) + 4.0
+
+    def reduction(self, problem: Problem, config: Config) -> str:
+        # Which MMA instruction sums a step depends on the tile and the warps, and so may the order within it.
+        return (
+            f"fp32, tensor-core steps of {config['BLOCK_K']} in order, "
+            f"tile {config['BLOCK_M']}x{config['BLOCK_N']}, {config['num_warps']} warps"
+        )
+
+    def bind(self, problem: Problem, device: Device, config: Config) -> Run:
+        n, k, out, nk = problem.n, problem.k, DTYPES[problem.out], problem.layout == "nk"
+        block_m, block_n = int(config["BLOCK_M"]), int(config["BLOCK_N"])
+        even_k, columns = k % int(config["BLOCK_K"]) == 0, -(-n // block_n)
+
+        def run(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            rows = flat(x)
+            m = rows.shape[0]
+            y = torch.empty(m, n, dtype=out, device=x.device)
+            stride_wn, stride_wk = weight.stride() if nk else weight.stride()[::-1]
+            with on_device(x):
+                _tiles[(-(-m // block_m) * columns,)](
+                    rows, weight, bias, y, m, n, k, rows.stride(0), rows.stride(1), stride_wn, stride_wk, n,
+                    HAS_BIAS=bias is not None, EVEN_K=even_k, **config,
+                )  # fmt: skip
+            return y.view(*x.shape[:-1], n)
+
+        return run

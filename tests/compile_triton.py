@@ -1,0 +1,105 @@
+"""Compile every Triton kernel for GPUs that are not here, and print a JSON line each: registers, spills, shared memory.
+
+Run as a program, without TRITON_INTERPRET: ``python tests/compile_triton.py a100 h100 ...``. What is compiled is what
+``bind``'s callable would launch: it is called with tensors on the meta device, and the launch stops after compiling.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+from vecmat.device import Device
+from vecmat.kernels import registry
+from vecmat.problem import DTYPES, Format, Problem
+
+SIZES = ((1, 4096, 4096), (1, 100, 90), (16, 4096, 4096), (17, 100, 90), (64, 14336, 4096), (2048, 4096, 14336))
+
+
+class AbsentGpu:
+    """A driver for a GPU that is not here: it tells its target and no more."""
+
+    def __init__(self, device: Device) -> None:
+        nvidia = device.kind == "cuda"
+        arch = device.capability if nvidia else device.arch
+        self.target = GPUTarget("cuda" if nvidia else "hip", arch, 32 if nvidia else 64)
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> str:
+        return str(self.target.arch)
+
+    def get_current_stream(self, device: object) -> int:
+        return 0
+
+
+def problems() -> list[Problem]:
+    return [
+        Problem(m=m, n=n, k=k, x=x, weight=Format.make(x), layout=layout, out=x, bias=bias)
+        for m, n, k in SIZES
+        for x in ("bf16", "fp16")
+        for layout, bias in (("nk", False), ("kn", True))
+    ]
+
+
+def spills(compiled: triton.compiler.CompiledKernel) -> tuple[int, int]:
+    """(registers a thread, bytes or registers spilled) of a compiled kernel."""
+    if "amdgcn" in compiled.asm:
+        text = compiled.asm["amdgcn"]
+        count = {name: max(map(int, re.findall(rf"\.{name}:\s+(\d+)", text))) for name in
+                 ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count")}  # fmt: skip
+        return count["vgpr_count"], count["vgpr_spill_count"] + count["sgpr_spill_count"]
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        out = subprocess.run(
+            [tool, "--dump-resource-usage", cubin.name], capture_output=True, text=True, check=True
+        ).stdout
+    used = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", out))
+    return int(used["REG"]), int(used["STACK"]) + int(used["LOCAL"])
+
+
+def main(names: list[str]) -> None:
+    compile_and_launch = JITFunction.run
+    compiled: list[triton.compiler.CompiledKernel] = []
+
+    def only_compile(self, *args, grid, warmup, **kwargs):
+        compiled.append(compile_and_launch(self, *args, grid=grid, warmup=True, **kwargs))
+
+    JITFunction.run = only_compile
+    for device in map(Device.named, names):
+        driver.set_active(AbsentGpu(device))
+        for name, kernel in registry()[0].items():
+            if not name.startswith("triton_"):
+                continue
+            for problem in problems():
+                if kernel.rejects(problem, device) is not None:
+                    continue
+                config = kernel.default_config(problem, device)
+                dtype = DTYPES[problem.x]
+                x = torch.empty(problem.m, problem.k, dtype=dtype, device="meta")
+                shape = (problem.n, problem.k) if problem.layout == "nk" else (problem.k, problem.n)
+                weight = torch.empty(shape, dtype=dtype, device="meta")
+                bias = torch.empty(problem.n, dtype=dtype, device="meta") if problem.bias else None
+                kernel.bind(problem, device, config)(x, weight, bias)
+                registers, spilled = spills(compiled[-1])
+                shared = compiled[-1].metadata.shared
+                told = {"kernel": name, "device": device.name, "problem": problem.key(), "config": dict(config),
+                        "registers": registers, "spilled": spilled, "shared": shared}  # fmt: skip
+                print(json.dumps({**told, "fits": shared <= device.shared_bytes}), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
