@@ -55,7 +55,8 @@ class Linear(nn.Module):
         if layout is None:
             raise TypeError(f"from_linear: {type(linear).__name__} is no torch.nn.Linear (or transformers Conv1D)")
         parameter, bias = linear.weight, linear.bias
-        assert isinstance(parameter, Tensor) and (bias is None or isinstance(bias, Tensor))
+        assert isinstance(parameter, Tensor)
+        assert bias is None or isinstance(bias, Tensor)
         own = DTYPE_NAMES.get(parameter.dtype, str(parameter.dtype))
         made = cls.__new__(cls)
         if weights in (None, own):

@@ -31,7 +31,7 @@ class TorchDense(Kernel):
         if device.is_gpu:
             rate = device.tflops32 if problem.x == "fp32" else device.tflops16
             padded = 2 * max(problem.m, 64) * problem.n * problem.k  # cuBLAS computes whole tiles of rows
-            return time_us(problem.bytes_moved, 0.93 * device.read_gbs, padded, rate, 3.5)
+            return time_us(problem.bytes_moved, 0.985 * device.read_gbs, padded, rate, 5.0)
         if problem.x == "fp32":
             return time_us(problem.bytes_moved, device.read_gbs, cpu_gemm_flops(problem), device.tflops32, 3.0)
         flops = problem.flops if problem.m > 1 else 0.0

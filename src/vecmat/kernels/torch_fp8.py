@@ -38,8 +38,8 @@ class TorchFp8(Kernel):
         return None
 
     def estimate_us(self, problem: Problem, device: Device, config: Config) -> float:
-        flops = 2 * max(problem.m, 64) * problem.n * problem.k
-        return time_us(problem.bytes_moved, 0.8 * device.read_gbs, flops, device.tops8, 20.0)
+        quantising = 40.0 + 0.053 * problem.m * problem.k / device.read_gbs  # several small kernels of torch
+        return time_us(problem.bytes_moved, 0.8 * device.read_gbs, problem.flops, device.tops8, quantising)
 
     def reduction(self, problem: Problem, config: Config) -> str:
         return f"torch, whatever it takes for m={problem.m}, fp8"

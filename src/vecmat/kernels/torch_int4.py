@@ -53,9 +53,9 @@ class TorchInt4(Kernel):
         return None
 
     def estimate_us(self, problem: Problem, device: Device, config: Config) -> float:
-        if device.is_gpu:  # no split of K and no reuse past 16 rows: the weight is unpacked again for each
-            passes = -(-problem.m // 16)
-            return time_us(problem.weight_bytes * passes, 0.35 * device.read_gbs, problem.flops, device.tflops16, 5.0)
+        if device.is_gpu:  # the weight is unpacked again for every 16 rows
+            per_row = 1.8e-3 if problem.m == 1 else 6.4e-3 * -(-problem.m // 16)
+            return 2.0 + per_row * problem.n * problem.k / device.read_gbs
         unpack = problem.n * problem.k / (6e3 * device.units)  # 12e9 weights a second on two AVX2 cores
         flops = problem.flops if problem.m > 1 else 0.0
         compute = flops / (0.88 * device.tops8) * 1e-6

@@ -59,8 +59,8 @@ class TorchInt8(Kernel):
 
     def estimate_us(self, problem: Problem, device: Device, config: Config) -> float:
         if device.is_gpu:
-            flops: float = 2 * max(problem.m, 32) * problem.n * problem.k
-            return time_us(problem.bytes_moved, 0.8 * device.read_gbs, flops, 0.6 * device.tops8, 20.0)
+            passes = 45.0 + 0.053 * problem.m * (problem.k + problem.n) / device.read_gbs  # several kernels of torch
+            return time_us(problem.bytes_moved, 0.8 * device.read_gbs, problem.flops, 0.8 * device.tops8, passes)
         flops = problem.flops if problem.m > 1 else 0.0
         return time_us(problem.bytes_moved, 0.85 * device.read_gbs, flops, device.tops8, 6.0)
 

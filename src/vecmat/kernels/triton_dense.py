@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -51,7 +52,7 @@ def _tiles(x_ptr, w_ptr, bias_ptr, y_ptr, M, N, K, stride_xm, stride_xk, stride_
 
 # (BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages)
 _SMALL = [
-    (16, 16, 256, 4, 4), (16, 32, 128, 4, 6), (16, 32, 256, 4, 4), (16, 64, 128, 4, 5), (16, 64, 256, 4, 4),
+    (16, 32, 64, 4, 6), (16, 32, 128, 4, 6), (16, 32, 256, 4, 4), (16, 64, 128, 4, 5), (16, 64, 256, 4, 4),
     (16, 128, 128, 4, 4), (16, 128, 64, 4, 6), (32, 32, 128, 4, 5), (32, 64, 128, 4, 4), (32, 128, 64, 4, 5),
     (64, 32, 128, 4, 4), (64, 64, 64, 4, 5), (64, 64, 128, 4, 4), (64, 128, 64, 4, 5),
 ]  # fmt: skip
@@ -91,27 +92,36 @@ class TritonDense(Kernel):
         return fitting([_config(tile) for tile in tiles], device)
 
     def default_config(self, problem: Problem, device: Device) -> Config:
-        """The config whose waves of tiles cost least: bytes for few rows, padded operations for many."""
-        return min(self.configs(problem, device), key=lambda config: self._cost(problem, device, config))
+        """The tile that was best on an H200 for this many rows (docs/measured.md), or the nearest that fits here."""
+        m, n = bucket(problem.m), problem.n
 
-    def _cost(self, problem: Problem, device: Device, config: Config) -> float:
-        block_m, block_n = int(config["BLOCK_M"]), int(config["BLOCK_N"])
-        m = bucket(problem.m)
-        tiles = -(-m // block_m) * -(-problem.n // block_n)
-        waves = -(-tiles // device.units)
-        # A multiprocessor alone cannot draw its share of the bandwidth with a small tile in flight; a wave of big
-        # tiles that does not fill the device leaves the rest idle.
-        tile_bytes = 2.0 * problem.k * (block_n + min(m, block_m))
-        per_unit = device.read_gbs / device.units * 1e3
-        reads = waves * tile_bytes / per_unit
-        operations = waves * 2.0 * block_m * block_n * problem.k / (device.tflops16 / device.units * 1e6)
-        return max(reads, operations) + 0.2 * min(reads, operations)
+        def fills(block_m: int, block_n: int) -> bool:
+            return -(-m // block_m) * -(-n // block_n) >= 0.8 * device.units
+
+        if m <= 32:
+            wanted = (32, 128, 64, 4, 5) if m > 16 and fills(32, 128) else (16, 64, 256, 4, 4)
+        elif m <= 64:
+            wanted = (64, 128, 64, 4, 5) if fills(64, 128) else (64, 32, 128, 4, 4)
+        elif m <= 1024:
+            wanted = (128, 128, 64, 4, 4) if fills(128, 128) else (64, 64, 64, 4, 5)
+        else:
+            wanted = (256, 128, 64, 8, 3)
+
+        def distance(config: Config) -> tuple[float, float]:
+            sides = zip(wanted, (config["BLOCK_M"], config["BLOCK_N"], config["BLOCK_K"]), strict=False)
+            warps_and_stages = abs(wanted[3] - int(config["num_warps"])) + abs(wanted[4] - int(config["num_stages"]))
+            return sum(abs(math.log2(int(have) / want)) for want, have in sides), warps_and_stages
+
+        return min(self.configs(problem, device), key=distance)
 
     def estimate_us(self, problem: Problem, device: Device, config: Config) -> float:
         if device.interpreted:
             return 1e9  # for tests, never a choice
-        cost = self._cost(problem, device, config)
-        return max(cost, time_us(problem.bytes_moved, 0.85 * device.read_gbs)) + 4.0
+        block_m = int(config["BLOCK_M"])
+        padded = 2.0 * -(-problem.m // block_m) * block_m * problem.n * problem.k
+        fixed = 3.2 + 0.03 * min(problem.m, 128)
+        share = 0.965 - 0.008 * max(16 - problem.m, 0)  # of the bandwidth; rows that only fill the tile cost some
+        return time_us(problem.bytes_moved, share * device.read_gbs, padded, 0.75 * device.tflops16, fixed)
 
     def reduction(self, problem: Problem, config: Config) -> str:
         # Which MMA instruction sums a step depends on the tile and the warps, and so may the order within it.
