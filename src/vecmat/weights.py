@@ -175,14 +175,15 @@ class Weight:
         return out
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, (self.format, self.data, self.scale, self.zero, self.k, self.layout)
+        data = self.data.view(torch.uint8) if self.format.name == "fp8" else self.data  # torch cannot pickle float8
+        return _rebuild, (self.format, data, self.scale, self.zero, self.k, self.layout)
 
     def __repr__(self) -> str:
         return f"Weight({self.format}, n={self.n}, k={self.k}, layout={self.layout}, device={self.device})"
 
 
 def _rebuild(fmt: Format, data: Tensor, scale: Tensor | None, zero: Tensor | None, k: int, layout: Layout) -> Weight:
-    return Weight(fmt, data, scale, zero, k=k, layout=layout)
+    return Weight(fmt, data.view(fmt.dtype) if fmt.name == "fp8" else data, scale, zero, k=k, layout=layout)
 
 
 def _by_group(out: Tensor, values: Tensor, fmt: Format, op: str) -> None:
@@ -246,7 +247,14 @@ def quantize(
     fmt = resolve_format(format, w.shape[0] if layout == "kn" else w.shape[1], group_size, symmetric)
     w = w.detach()
     if fmt.dense:
-        return Weight(fmt, w.to(fmt.dtype), layout=layout)
+        data = w.to(fmt.dtype)
+        most = torch.finfo(fmt.dtype).max
+        narrower = most < torch.finfo(w.dtype).max and w.device.type != "meta"
+        if narrower and bool((torch.isinf(data) & torch.isfinite(w)).any()):
+            raise ValueError(
+                f"quantize: w has values beyond {most:g}, the largest of {fmt} ({w.dtype} {tuple(w.shape)})"
+            )
+        return Weight(fmt, data, layout=layout)
     w = w.t() if layout == "kn" else w
     n, k = w.shape
     data = torch.empty(n, -(-k // 2) if fmt.name == "int4" else k, dtype=fmt.dtype, device=w.device)
@@ -290,7 +298,7 @@ def _quantize_rows(w: Tensor, fmt: Format) -> tuple[Tensor, Tensor, Tensor | Non
         quantised = w
     elif fmt.name == "int4" and not fmt.symmetric:
         low, high = w.amin(-1).clamp(max=0), w.amax(-1).clamp(min=0)
-        scale = _on_bf16_grid((high - low) / 15)
+        scale = _on_bf16_grid(high / 15 - low / 15)  # high - low may overflow
         zero = (-low / scale).round_().clamp_(0, 15)
         quantised = (w / scale[..., None]).round_().add_(zero[..., None]).clamp_(0, 15)
     elif fmt.name == "int4":
