@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -15,6 +17,7 @@ from .kernels import registry
 from .kernels.base import Config, Kernel, Run
 from .problem import Problem
 from .settings import scope, settings
+from .weights import Weight
 
 FALLBACK = "fallback"
 _DEMOTED: dict[tuple[str, str, str], str] = {}  # (kernel, problem key, device name): why its first launch failed
@@ -32,13 +35,17 @@ class Candidate:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What will run. decided_by: which rung of the ladder, in words. run: (x, operand, bias) -> y."""
+    """What will run. decided_by: which rung of the ladder, in words.
+
+    run: (x, operand, bias) -> y. operand: what ``run`` takes of a Weight (a dense tensor is its own operand).
+    """
 
     problem: Problem
     device: Device
     kernel: Kernel
     config: Config
     decided_by: str
+    operand: Callable[[Weight], Any]
     run: Run
 
     @property
@@ -102,10 +109,16 @@ def _from_row(row: table.Row, problem: Problem, device: Device, able: list[Candi
 
 def _plan(problem: Problem, device: Device, candidate: Candidate, decided_by: str) -> Plan:
     kernel = registry()[0][candidate.kernel]
-    run = kernel.bind(problem, device, candidate.config)
+    plain = problem.weight.dense and kernel.packing is None
     return Plan(
-        problem=problem, device=device, kernel=kernel, config=candidate.config, decided_by=decided_by, run=run
-    )  # fmt: skip
+        problem=problem,
+        device=device,
+        kernel=kernel,
+        config=candidate.config,
+        decided_by=decided_by,
+        operand=operator.attrgetter("data") if plain else kernel.operand,
+        run=kernel.bind(problem, device, candidate.config),
+    )
 
 
 def first_run(plan: Plan, key: Any, x: Tensor, weight: Any, bias: Tensor | None, named: bool) -> Tensor:
@@ -115,7 +128,7 @@ def first_run(plan: Plan, key: Any, x: Tensor, weight: Any, bias: Tensor | None,
     that names the next one. One that the caller named is not replaced: its error is raised.
     """
     while True:
-        operand = plan.kernel.operand(weight) if hasattr(weight, "packs") else weight
+        operand = plan.operand(weight) if isinstance(weight, Weight) else weight
         try:
             y = plan.run(x, operand, bias)
         except plan.kernel.launch_errors as error:

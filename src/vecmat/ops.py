@@ -6,7 +6,8 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, get_num_threads, is_grad_enabled
+from torch.compiler import is_compiling
 from torch.nn import functional as F
 
 from .device import Device
@@ -40,9 +41,10 @@ def matmul(
     bits. Raises ``ValueError`` or ``TypeError`` naming the argument for shapes, dtypes, devices or options that do
     not fit, and ``ValueError`` if the named kernel cannot run the problem.
     """
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return _traced(x, weight, bias, layout, out_dtype, kernel, compute)
-    grad = torch.is_grad_enabled()
+    grad = is_grad_enabled()
+    stored = isinstance(weight, Weight)
     try:
         if isinstance(weight, Weight):
             about: Any = weight.signature
@@ -51,16 +53,14 @@ def matmul(
             about = (weight.shape, weight.dtype, weight.device, layout)
             grad = grad and (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad))
         key = (
-            x.shape, x.dtype, x.device, about, grad, out_dtype, kernel, compute, torch.get_num_threads(),
+            x.shape, x.dtype, x.device, about, grad, out_dtype, kernel, compute, get_num_threads(),
             None if bias is None else (bias.shape, bias.dtype, bias.device),
         )  # fmt: skip
         plan = scope().plans.get(key)
     except (AttributeError, TypeError):  # something is no tensor, or not hashable: bind_problem says what
         plan = key = None
     if plan is not None:
-        if isinstance(weight, Weight):
-            return plan.run(x, plan.kernel.operand(weight), bias)  # type: ignore[no-any-return]
-        return plan.run(x, weight, bias)  # type: ignore[no-any-return]
+        return plan.run(x, plan.operand(weight) if stored else weight, bias)  # type: ignore[no-any-return]
     problem, device = bind_problem(x, weight, bias, layout=layout, out_dtype=out_dtype, compute=compute)
     if 0 in (problem.m, problem.n, problem.k):
         return _empty(x, problem, bias, out_dtype)
@@ -127,7 +127,7 @@ def bind_problem(
             raise ValueError(f"matmul: bias is on {bias.device} but x is on {x.device} {told}")
     if out_dtype is not None and out_dtype not in DTYPE_NAMES:
         raise TypeError(f"matmul: out_dtype is {out_dtype}; expected {', '.join(map(str, DTYPE_NAMES))}")
-    wants_grad = torch.is_grad_enabled() and any(
+    wants_grad = is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, bias, weight.data if isinstance(weight, Weight) else weight)
     )
     _check_compute(compute, signature, wants_grad)

@@ -93,15 +93,18 @@ def aligned(tensor: Tensor) -> Tensor:
     torch's packed CPU kernels load x with aligned instructions and take its row stride for K: an offset view
     crashes them (seen: ``_weight_int8pack_mm``, torch 2.13).
     """
-    tensor = tensor.contiguous()
-    return tensor if tensor.data_ptr() % 64 == 0 else tensor.clone()
+    if tensor.is_contiguous() and tensor.data_ptr() % 64 == 0:
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
-def finish(y: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """y plus the bias, in ``dtype``; y is the kernel's own fresh tensor."""
+def finish(y: Tensor, x: Tensor, bias: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
+    """The kernel's own fresh y (M, N) plus the bias, as ``dtype`` (y's if None), in x's shape (..., N)."""
     if bias is not None:
         y = y.add_(bias)
-    return y.to(dtype)
+    if dtype is not None and y.dtype != dtype:
+        y = y.to(dtype)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
 
 
 def time_us(nbytes: float, gbs: float, operations: float = 0.0, tera: float = 1.0, fixed_us: float = 0.0) -> float:

@@ -58,7 +58,7 @@ class Fallback(Kernel):
         )
 
     def reduction(self, problem: Problem, config: Config) -> str:
-        return f"torch, whatever it takes for m={problem.m}, {'fp32' if config['widen'] else problem.x}"
+        return f"torch by blocks, whatever it takes for m={problem.m}, {'fp32' if config['widen'] else problem.x}"
 
     def bind(self, problem: Problem, device: Device, config: Config) -> Run:
         wide = torch.float32 if config["widen"] else DTYPES[problem.x]
@@ -71,21 +71,24 @@ class Fallback(Kernel):
             rows, row_scale = (flat(x), None) if not problem.compute else quantize_rows(flat(x), problem.compute)
             rows = rows.to(wide)
             n = weight.n
+            early, late = (None, bias) if config["widen"] else (bias, None)  # before the one rounding, in 16 bits
             if problem.grad or n <= step:
-                y = F.linear(rows, weight.rows(0, n, wide, scaled=not scale_last))
+                y = F.linear(rows, weight.rows(0, n, wide, scaled=not scale_last), early)
             else:
                 y = torch.empty(rows.shape[0], n, dtype=wide, device=x.device)
                 for start in range(0, n, step):
                     stop = min(start + step, n)
                     block = weight.rows(start, stop, wide, scaled=not scale_last)
-                    torch.mm(rows, block.t(), out=y[:, start:stop])
+                    if early is None:
+                        torch.mm(rows, block.t(), out=y[:, start:stop])
+                    else:
+                        torch.addmm(early[start:stop], rows, block.t(), out=y[:, start:stop])
             if scale_last:
                 assert weight.scale is not None
                 y = y.mul_(weight.scale.view(-1))
             if row_scale is not None:
                 y = y.mul_(row_scale)
-            y = finish(y, bias, out_dtype)
-            return y.view(*x.shape[:-1], n)
+            return finish(y, x, late, out_dtype)
 
         return run
 

@@ -77,11 +77,11 @@ class TorchInt4(Kernel):
         return torch.ops.aten._convert_weight_to_int4pack(pairs.contiguous(), 8), table
 
     def bind(self, problem: Problem, device: Device, config: Config) -> Run:
-        aten, n, group = torch.ops.aten, problem.n, problem.weight.group_size
+        aten, group = torch.ops.aten, problem.weight.group_size
         product = aten._weight_int4pack_mm_for_cpu if device.kind == "cpu" else aten._weight_int4pack_mm
 
         def run(x: Tensor, operand: Any, bias: Tensor | None) -> Tensor:
             y = product(aligned(flat(x)), operand[0], group, operand[1])
-            return finish(y, bias, y.dtype).view(*x.shape[:-1], n)
+            return finish(y, x, bias)
 
         return run

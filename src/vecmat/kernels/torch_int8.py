@@ -79,7 +79,6 @@ class TorchInt8(Kernel):
         return aligned(weight.data), rounded, (None if exact else rest), scale
 
     def bind(self, problem: Problem, device: Device, config: Config) -> Run:
-        n = problem.n
         if problem.compute:
             out = DTYPES[problem.out]
 
@@ -90,7 +89,7 @@ class TorchInt8(Kernel):
                 if m <= 16:  # _int_mm refuses 16 rows and fewer on CUDA
                     q = torch.nn.functional.pad(q, (0, 0, 0, 32 - m))
                 y = torch._int_mm(q, data.t())[:m].float().mul_(scale).mul_(row_scale)
-                return finish(y, bias, out).view(*x.shape[:-1], n)
+                return finish(y, x, bias, out)
 
             return run_int_mm
 
@@ -99,6 +98,6 @@ class TorchInt8(Kernel):
             y = torch._weight_int8pack_mm(aligned(flat(x)), data, scale)
             if rest is not None:
                 y = y.mul_(rest)
-            return finish(y, bias, y.dtype).view(*x.shape[:-1], n)
+            return finish(y, x, bias)
 
         return run

@@ -145,6 +145,6 @@ class TritonDense(Kernel):
                     rows, weight, bias, y, m, n, k, rows.stride(0), rows.stride(1), stride_wn, stride_wk, n,
                     HAS_BIAS=bias is not None, EVEN_K=even_k, **config,
                 )  # fmt: skip
-            return y.view(*x.shape[:-1], n)
+            return y if x.dim() == 2 else y.view(*x.shape[:-1], n)
 
         return run
