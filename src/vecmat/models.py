@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import gc
 import importlib.util
+import struct
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -82,7 +83,7 @@ def load(source: Source, dtype: torch.dtype, device: torch.device, advance: Adva
             else:
                 tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
                 model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
-    except (ValueError, OSError, KeyError, NotImplementedError) as error:
+    except (ValueError, LookupError, ArithmeticError, OSError, RuntimeError, struct.error) as error:  # damaged files
         said = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise ValueError(f"run: {source.name} cannot be loaded: {said}") from error
     return model.to(device).eval(), tokenizer
