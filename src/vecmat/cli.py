@@ -226,7 +226,7 @@ def _say(console: Console, head: str, words: str) -> None:
     """Print a bold head and words, which may hold any characters."""
     from rich.text import Text
 
-    console.print(Text.assemble((head, "bold"), "  ", words))
+    console.print(Text.assemble((head, "bold"), f"  {words}" if words else ""))
 
 
 def _run(args: argparse.Namespace) -> None:
@@ -308,7 +308,7 @@ class _Screen:
     def __init__(self, silent: bool) -> None:
         self._out = None if silent else _console(sys.stdout)
         self._bars = _console(sys.stderr)
-        self._column = 0
+        self._column, self._gap = 0, ""  # of the text so far: where its line ends, and blanks not yet written
 
     @contextlib.contextmanager
     def stage(self, title: str) -> Iterator[Advance]:
@@ -331,20 +331,22 @@ class _Screen:
         if self._out is not None:
             self._out.print()
             _say(self._out, title, "")
-            self._column = 0
+            self._column, self._gap = 0, ""
 
     def text(self, piece: str) -> None:
         """The next words of it, wrapped at the width."""
         if self._out is None:
             return
-        for word in re.findall(r"\n|[^\S\n]*\S*", piece):
-            if word == "\n" or self._column + len(word) > self._out.width:
+        for gap, word in re.findall(r"([^\S\n]*)(\n|\S+|$)", piece):
+            self._gap += gap
+            if word == "\n" or (word and self._column + len(self._gap + word) > self._out.width):
                 self._out.file.write("\n")
-                self._column, word = 0, word.lstrip()
-            if word and not self._column:
-                word = "  " + word
-            self._out.file.write(word)
-            self._column += len(word)
+                self._column, self._gap = 0, ""
+            if word.strip():
+                shown = (self._gap if self._column else "  ") + word
+                self._out.file.write(shown)
+                self._column += len(shown)
+                self._gap = ""
         self._out.file.flush()
 
     def end(self) -> None:
