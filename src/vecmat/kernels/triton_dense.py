@@ -137,6 +137,7 @@ class TritonDense(Kernel):
 
         def run(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
             rows = flat(x)
+            bias = None if bias is None else bias.contiguous()
             m = rows.shape[0]
             y = torch.empty(m, n, dtype=out, device=x.device)
             stride_wn, stride_wk = weight.stride() if nk else weight.stride()[::-1]

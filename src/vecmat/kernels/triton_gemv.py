@@ -84,6 +84,7 @@ class TritonGemv(Kernel):
 
         def run(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
             row = flat(x)
+            bias = None if bias is None else bias.contiguous()
             y = torch.empty(n, dtype=out, device=x.device)
             with on_device(x):
                 _rows[grid](
