@@ -46,6 +46,11 @@ class Device:
         return self.kind in ("cuda", "hip")
 
     @property
+    def place(self) -> torch.device:
+        """The torch device, where this one is present."""
+        return torch.device("cuda", self.index or 0) if self.is_gpu else torch.device("cpu")
+
+    @property
     def capability(self) -> int:
         """The CUDA compute capability as one number (90 for sm_90), 0 elsewhere."""
         return int(self.arch[3:].rstrip("af")) if self.kind == "cuda" else 0

@@ -45,17 +45,16 @@ class Fallback(Kernel):
 
     def estimate_us(self, problem: Problem, device: Device, config: Config) -> float:
         elements = problem.n * problem.k
-        same = problem.weight.name == problem.x
+        same = problem.weight.name == ("fp32" if config["widen"] else problem.x)  # nothing to convert
         if device.is_gpu:  # passes over the widened weight, as measured in bytes an element
-            if same and not config["widen"]:
+            if same:
                 return time_us(problem.bytes_moved, device.read_gbs, problem.flops, device.tflops16, 20.0)
             passes = {True: 46.0, False: 29.0} if problem.weight.name == "int4" else {True: 18.0, False: 25.0}
             rate = device.tflops32 if config["widen"] else device.tflops16
             return time_us(passes[bool(config["widen"])] * elements, device.read_gbs, problem.flops, rate, 20.0)
-        widening = 0.0 if same else elements * (0.26e-3 if problem.weight.name in ("int4", "fp8") else 0.13e-3) * 2
-        return widening / device.units + time_us(
-            problem.bytes_moved, device.read_gbs, cpu_gemm_flops(problem), device.tflops32, 15.0
-        )
+        per_element = 0.0 if same else 0.52e-3 if problem.weight.name in ("int4", "fp8") else 0.32e-3
+        widening = problem.n * problem.k * per_element * (2 if problem.layout == "kn" else 1) / device.units
+        return widening + time_us(problem.bytes_moved, device.read_gbs, cpu_gemm_flops(problem), device.tflops32, 15.0)
 
     def reduction(self, problem: Problem, config: Config) -> str:
         return f"torch by blocks, whatever it takes for m={problem.m}, {'fp32' if config['widen'] else problem.x}"

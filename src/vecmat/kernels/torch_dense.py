@@ -33,6 +33,9 @@ class TorchDense(Kernel):
             return time_us(problem.bytes_moved, 0.985 * device.read_gbs, padded, rate, 5.0)
         if problem.x == "fp32":
             return time_us(problem.bytes_moved, device.read_gbs, cpu_gemm_flops(problem), device.tflops32, 3.0)
+        native = problem.x == "bf16" and device.arch in ("avx512_bf16", "amx")
+        if problem.layout == "kn" and not native:  # torch walks down the columns, one number at a time
+            return time_us(problem.bytes_moved, device.read_gbs, problem.flops, 2e-4 * device.units, 5.0)
         flops = problem.flops if problem.m > 1 else 0.0
         rate = device.tflops16 if problem.x == "bf16" else min(device.tflops16, 0.018 * device.units)
         return time_us(problem.bytes_moved, device.read_gbs, flops, rate, 5.0)
