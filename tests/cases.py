@@ -13,7 +13,7 @@ import vecmat
 from vecmat.device import Device
 from vecmat.kernels import registry
 from vecmat.ops import bind_problem
-from vecmat.problem import DTYPES
+from vecmat.problem import DTYPES, Format, Problem
 
 DENSE = ("fp32", "bf16", "fp16")
 FORMATS = (
@@ -122,12 +122,26 @@ def computes(fmt: str) -> tuple[str | None, ...]:
     return (None, fmt) if fmt in ("int8", "fp8") else (None,)
 
 
-def refusal(kernel: str, x: Tensor, weight: Tensor | vecmat.Weight, bias: Tensor | None, **options: object) -> str | None:
-    """None if the kernel can run these arguments, else its reason, which must be a sentence."""
-    problem, device = bind_problem(x, weight, bias, **options)  # type: ignore[arg-type]
-    reason = registry()[0][kernel].rejects(problem, device)
+def asked(m: int, n: int, k: int, x: str, fmt: str, **options: object) -> Problem:
+    """The Problem of these sizes; the result in x's dtype unless ``out`` says otherwise."""
+    weight = Format.parse(fmt)
+    layout = options.pop("layout", "nk") if weight.dense else "nk"  # a quantised weight is stored one way
+    options.pop("layout", None)
+    compute = options.pop("compute", None) or ""
+    return Problem(m=m, n=n, k=k, x=x, weight=weight, layout=layout, compute=compute, **{"out": x, **options})  # type: ignore[arg-type]
+
+
+def refusal(kernel: str, problem: Problem, device: str) -> str | None:
+    """None if the kernel can run the problem here, else its reason, which must be a sentence."""
+    reason = registry()[0][kernel].rejects(problem, here(device))
     if reason is not None:
         assert isinstance(reason, str), reason
         assert len(reason.split()) >= 3, f"{kernel} gives {reason!r}; expected a sentence"
         assert not reason.endswith("."), f"{kernel} gives {reason!r}; expected no full stop"
     return reason
+
+
+def refuses(kernel: str, x: Tensor, weight: Tensor | vecmat.Weight, bias: Tensor | None, **options: object) -> bool:
+    """Whether the kernel cannot run these arguments of ``matmul``."""
+    problem, _ = bind_problem(x, weight, bias, **options)  # type: ignore[arg-type]
+    return refusal(kernel, problem, x.device.type) is not None

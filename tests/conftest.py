@@ -8,12 +8,15 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what torch asks for in its deterministic mode
+
 import pytest
 import torch
 
 CUDA = torch.cuda.is_available()
 if not CUDA:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read by Triton when it is first imported
+torch.set_num_threads(1)  # the problems are small, and so as not to fight with pytest -n 2; see `threads`
 
 from vecmat import dispatch, table  # noqa: E402 - after the interpreter is asked for
 from vecmat.settings import forget_plans  # noqa: E402
@@ -37,6 +40,14 @@ def own_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path
     forget_plans()
     dispatch._DEMOTED.clear()
     table.user_table.cache_clear()
+
+
+@pytest.fixture
+def threads() -> Iterator[int]:
+    """Two threads for torch, whatever the machine has; the other tests use one."""
+    torch.set_num_threads(2)
+    yield 2
+    torch.set_num_threads(1)
 
 
 @pytest.fixture

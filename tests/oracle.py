@@ -98,7 +98,8 @@ class Truth:
             value, reach = value + bias.detach().double().cpu(), reach + bias.detach().double().cpu().abs()
         return Truth(
             x=seen.to(x.dtype).to(x.device), weight=dense.to(x.dtype).to(x.device), bias=bias,
-            out=out_dtype or x.dtype, value=value, reach=reach, slack=span @ dense.abs().t(),
+            out=out_dtype or x.dtype, value=value, reach=reach,
+            slack=span @ dense.abs().t() if compute else torch.zeros_like(value),
         )  # fmt: skip
 
     def verdict(self, y: Tensor, rows: slice | Tensor = slice(None)) -> str | None:

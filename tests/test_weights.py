@@ -7,11 +7,11 @@ import pickle
 
 import pytest
 import torch
-from cases import DENSE, FORMATS, generator
-from oracle import round_e4m3
 from torch import Tensor
 
 import vecmat
+from cases import DENSE, FORMATS, generator
+from oracle import round_e4m3
 from vecmat.problem import DTYPES, Format
 from vecmat.weights import Signature, default_group_size, quantize_rows, resolve_format
 
