@@ -336,7 +336,8 @@ def quantize_rows(x: Tensor, compute: str) -> tuple[Tensor, Tensor]:
     scale = torch.where(scale == 0, torch.ones_like(scale), scale)
     q = (x / scale).nan_to_num_(0.0, 0.0, 0.0).clamp_(-top, top)
     scale = torch.where(torch.isfinite(scale), scale, torch.full_like(scale, torch.nan))
-    return (q.round_().to(torch.int8) if compute == "int8" else q.to(torch.float8_e4m3fn)), scale
+    q = q.round_().to(torch.int8) if compute == "int8" else q.to(torch.float8_e4m3fn)
+    return q.contiguous(), scale.contiguous()  # torch's products want rows, whatever x's strides were
 
 
 def dense_format(dtype: torch.dtype) -> Format:

@@ -35,11 +35,11 @@ class Fallback(Kernel):
 
     def default_config(self, problem: Problem, device: Device) -> Config:
         native16 = device.is_gpu or device.arch in ("avx512_bf16", "amx")
-        narrow = problem.x == "fp32" or (native16 and problem.m > 1 and problem.out == problem.x)
-        return {"widen": not narrow or bool(problem.compute)}
+        narrow = native16 and problem.m > 1 and problem.out == problem.x and problem.weight.name != problem.x
+        return {"widen": problem.x == "fp32" or not narrow or bool(problem.compute)}
 
     def configs(self, problem: Problem, device: Device) -> Sequence[Config]:
-        if problem.x == "fp32" or problem.compute or problem.out != problem.x:
+        if problem.x in ("fp32", problem.weight.name) or problem.compute or problem.out != problem.x:
             return [self.default_config(problem, device)]
         return [{"widen": True}, {"widen": False}]
 

@@ -121,7 +121,10 @@ class TritonDense(Kernel):
         padded = 2.0 * -(-problem.m // block_m) * block_m * problem.n * problem.k
         fixed = 3.2 + 0.03 * min(problem.m, 128)
         share = 0.965 - 0.008 * max(16 - problem.m, 0)  # of the bandwidth; rows that only fill the tile cost some
-        return time_us(problem.bytes_moved, share * device.read_gbs, padded, 0.75 * device.tflops16, fixed)
+        whole = time_us(problem.bytes_moved, share * device.read_gbs, padded, 0.75 * device.tflops16, fixed)
+        # One program alone draws about 75 GB/s of the H200's 4450 however few there are: small N cannot fill it.
+        program_bytes = 2 * problem.k * int(config["BLOCK_N"])
+        return max(whole, time_us(program_bytes, device.read_gbs / 60, fixed_us=fixed))
 
     def reduction(self, problem: Problem, config: Config) -> str:
         # Which MMA instruction sums a step depends on the tile and the warps, and so may the order within it.

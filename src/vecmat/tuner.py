@@ -1,0 +1,235 @@
+"""Tuning: which kernel and config is fastest for one Problem, found by checking and timing, and bounded in time.
+
+Every candidate is compared with a float64 oracle before it is timed, so a wrong config is never recorded, whatever its
+speed; torch's own path is a candidate like any other; the finalists are timed again side by side; and the choice that
+would be made without tuning is only replaced by one that beats it by more than 3 %.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .bench import Sampler, copies_needed, medians
+from .device import Device
+from .kernels import registry
+from .kernels.base import Config, Kernel
+from .problem import DTYPES, Problem
+from .table import Row
+from .weights import Weight, quantize, quantize_rows
+
+MARGIN = 0.03  # a tuned choice must beat the untuned one by this share, or noise would decide
+_PRUNE = 3.0  # candidates estimated this many times slower than the best are not tried
+_LOSER = 1.5  # one sample this many times slower than the best so far ends a candidate
+_FINALISTS = 3
+_COLUMNS = 1024  # columns of y compared with the oracle, the first and last among them
+_COMPILERS = 8
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Trial:
+    """One candidate's outcome: its time in microseconds, or why it has none."""
+
+    kernel: str
+    config: Config
+    us: float | None = None
+    failure: str | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Tuned:
+    """What tuning one problem found. row: for the table. trials: every candidate tried, fastest first."""
+
+    problem: Problem
+    row: Row
+    trials: Sequence[Trial]
+    seconds: float
+
+
+@dataclasses.dataclass(slots=True)
+class _Candidate:
+    kernel: Kernel
+    config: Config
+    estimate_us: float
+    sampler: Sampler | None = None
+    us: float = float("inf")
+    failure: str | None = None
+
+
+def tune(problem: Problem, device: Device, *, deadline: float = float("inf"),
+         on_trial: Callable[[Trial], None] | None = None) -> Tuned | None:  # fmt: skip
+    """The fastest correct candidate for a problem on a device that is here; None if time ran out before any was timed.
+
+    deadline: a ``time.monotonic()`` value after which no further candidate is begun; what was timed by then counts.
+    on_trial: called after each candidate.
+    """
+    began = time.monotonic()
+    candidates = _candidates(problem, device)
+    default = candidates[0]
+    inputs = _Inputs(problem, device)
+    _compile(candidates, inputs)
+    best = float("inf")
+    for candidate in candidates:
+        if time.monotonic() > deadline and best < float("inf"):
+            break
+        _try(candidate, inputs, best)
+        best = min(best, candidate.us)
+        if on_trial is not None:
+            on_trial(_trial(candidate))
+    timed = sorted((c for c in candidates if c.sampler is not None), key=lambda c: c.us)
+    if not timed:
+        return None
+    finalists = timed[:_FINALISTS]
+    torch_path = next((c for c in timed if c.kernel.name.startswith("torch_")), None)
+    finalists += [c for c in (default, torch_path) if c is not None and c.sampler and c not in finalists]
+    for candidate, us in zip(finalists, medians([c.sampler for c in finalists if c.sampler], 7), strict=True):
+        candidate.us = us
+    winner = min(finalists, key=lambda c: c.us)
+    if default.sampler is not None and winner.us > default.us * (1 - MARGIN):
+        winner = default
+    tried = [c for c in candidates if c.sampler is not None or c.failure is not None]
+    row = Row(
+        kernel=winner.kernel.name,
+        kernel_version=winner.kernel.version,
+        config=dict(winner.config),
+        us=round(winner.us, 2),
+        torch_us=round(torch_path.us, 2) if torch_path is not None else None,
+        tried=len(tried),
+        failed=sum(c.failure is not None for c in tried),
+    )
+    trials = sorted((_trial(c) for c in tried), key=lambda t: t.us if t.us is not None else float("inf"))
+    return Tuned(problem=problem, row=row, trials=trials, seconds=time.monotonic() - began)
+
+
+def _trial(candidate: _Candidate) -> Trial:
+    us = candidate.us if candidate.us < float("inf") else None
+    return Trial(kernel=candidate.kernel.name, config=candidate.config, us=us, failure=candidate.failure)
+
+
+def _candidates(problem: Problem, device: Device) -> list[_Candidate]:
+    """Every kernel's configs worth trying, by estimate; the first is what would be chosen without tuning."""
+    found: list[_Candidate] = []
+    for kernel in registry()[0].values():
+        if kernel.rejects(problem, device) is not None:
+            continue
+        default = dict(kernel.default_config(problem, device))
+        configs = [default, *(c for c in map(dict, kernel.configs(problem, device)) if c != default)]
+        # A kernel's estimate ranks kernels better than its own configs: the default goes first at its estimate.
+        found += [_Candidate(kernel, c, kernel.estimate_us(problem, device, c) + (i > 0) * 1e-3)
+                  for i, c in enumerate(configs)]  # fmt: skip
+    found.sort(key=lambda c: c.estimate_us)
+    best = found[0].estimate_us
+    torch_paths = [c for c in found if c.kernel.name.startswith("torch_")]
+    return [c for c in found if c.estimate_us <= _PRUNE * best or c in torch_paths]
+
+
+class _Inputs:
+    """Random x, copies of a random weight, and the oracle of some columns."""
+
+    def __init__(self, problem: Problem, device: Device) -> None:
+        place = device.place
+        generator = torch.Generator(device=place).manual_seed(problem.m * 31 + problem.n * 7 + problem.k)
+        self.problem, self.device = problem, device
+        dtype = DTYPES[problem.x]
+        self.x = torch.randn(problem.m, problem.k, device=place, generator=generator).to(dtype)
+        shape = (problem.n, problem.k) if problem.layout == "nk" else (problem.k, problem.n)
+        dense = torch.randn(shape, device=place, generator=generator) / max(problem.k, 1) ** 0.5
+        self.bias = torch.randn(problem.n, device=place, generator=generator).to(dtype) if problem.bias else None
+        first = quantize(dense, str(problem.weight), layout=problem.layout)
+        del dense
+        count = copies_needed(device, problem.weight_bytes)
+        self.weights = [first, *(_clone(first) for _ in range(count - 1))]
+        self._oracle(first)
+
+    def _oracle(self, weight: Weight) -> None:
+        """float64 results of some columns, and the largest and RMS error of torch's own product of them."""
+        problem = self.problem
+        n = problem.n
+        edge = min(n, _COLUMNS // 4)
+        middle = torch.randint(n, (_COLUMNS // 2,), device=self.x.device)
+        ends = torch.arange(n, device=self.x.device)
+        self.columns: Tensor = torch.unique(torch.cat((ends[:edge], middle, ends[n - edge :])))
+        dense = weight.dequantize(torch.float32)
+        rows = (dense.t() if problem.layout == "kn" else dense)[self.columns]
+        x = self.x.double()
+        if problem.compute:
+            q, scale = quantize_rows(self.x, problem.compute)
+            x = q.double() * scale.double()
+        bias = None if self.bias is None else self.bias[self.columns]
+        self.oracle = F.linear(x, rows.double(), None if bias is None else bias.double())
+        own = F.linear(self.x, rows.to(self.x.dtype), bias).to(DTYPES[problem.out])
+        self.torch_error = self._error(own) if not problem.compute else (0.0, 0.0)
+
+    def _error(self, y: Tensor) -> tuple[float, float]:
+        difference = (y.double() - self.oracle).abs()
+        return difference.max().item(), difference.square().mean().sqrt().item()
+
+    def wrong(self, y: Tensor) -> str | None:
+        """What is wrong with a result, None if its error is at most twice torch's own (and a rounding of it)."""
+        if tuple(y.shape) != (self.problem.m, self.problem.n):
+            return f"its result has shape {tuple(y.shape)}"
+        worst, rms = self._error(y[:, self.columns])
+        ulp = self.oracle.abs().max().item() * torch.finfo(y.dtype).eps
+        # not (a <= b), so that NaN is wrong too
+        if not (worst <= 2 * self.torch_error[0] + ulp and rms <= 2 * self.torch_error[1] + ulp / 2):
+            return f"its error is {worst:.2g} (RMS {rms:.2g}); torch's own is {self.torch_error[0]:.2g}"
+        return None
+
+
+def _clone(weight: Weight) -> Weight:
+    parts = [None if t is None else t.clone() for t in (weight.data, weight.scale, weight.zero)]
+    assert parts[0] is not None
+    return Weight(weight.format, parts[0], parts[1], parts[2], k=weight.k, layout=weight.layout)
+
+
+def _compile(candidates: Iterable[_Candidate], inputs: _Inputs) -> None:
+    """Call each candidate that compiles once, several at a time; a failure is kept with it."""
+    slow = [c for c in candidates if c.kernel.launch_errors]
+
+    def first_call(candidate: _Candidate) -> None:
+        candidate.failure = _failure_of(candidate, lambda: _calls(candidate, inputs)[0]())
+
+    if len(slow) > 1 and inputs.device.is_gpu:
+        with ThreadPoolExecutor(_COMPILERS) as pool:
+            list(pool.map(first_call, slow))
+
+
+def _failure_of(candidate: _Candidate, act: Callable[[], Any]) -> str | None:
+    """None, or what a launch of the candidate raised that its kernel declares; anything else propagates."""
+    try:
+        act()
+    except candidate.kernel.launch_errors as error:
+        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    return None
+
+
+def _calls(candidate: _Candidate, inputs: _Inputs) -> list[Callable[[], Tensor]]:
+    run = candidate.kernel.bind(inputs.problem, inputs.device, candidate.config)
+    operands = [candidate.kernel.operand(weight) for weight in inputs.weights]
+    return [lambda operand=operand: run(inputs.x, operand, inputs.bias) for operand in operands]  # type: ignore[misc]
+
+
+def _try(candidate: _Candidate, inputs: _Inputs, best: float) -> None:
+    """Check a candidate against the oracle, then time it; sets its sampler and us, or its failure."""
+    if candidate.failure is not None:
+        return
+    calls = _calls(candidate, inputs)
+
+    def measure() -> None:
+        candidate.failure = inputs.wrong(calls[0]())
+        if candidate.failure is None:
+            sampler = Sampler(inputs.device, calls)
+            us = sampler.once()
+            if us <= _LOSER * best:
+                us = medians([sampler], 3)[0]
+            candidate.us, candidate.sampler = us, sampler
+
+    failure = _failure_of(candidate, measure)
+    candidate.failure = failure or candidate.failure
