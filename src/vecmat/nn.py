@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .ops import COMPUTES, matmul
+from .ops import check_compute, matmul
 from .problem import DTYPE_NAMES, Format, Layout
-from .weights import Weight, check_layout, quantize
+from .weights import Weight, check_layout, quantize, resolve_format
 
 _PARTS = {"data": "weight", "scale": "weight_scale", "zero": "weight_zero"}
 
@@ -27,7 +27,8 @@ class Linear(nn.Module):
     state_dict: a dense ``weight`` is a Parameter, as in ``torch.nn.Linear``; a quantised one is the buffers
     ``weight``, ``weight_scale`` and, with zero points, ``weight_zero``, in the plain storage of ``vecmat.Weight``.
     Their dtypes never change: ``.to(dtype)``, ``.half()`` and the like move them and cast only the bias. Loading a
-    state_dict checks shapes, dtypes and scales.
+    state_dict checks shapes, dtypes and scales. Change a quantised weight by ``load_state_dict`` or by assigning the
+    buffers, not in place: kernels keep packed copies of it, which only a new tensor replaces.
 
     A fresh layer's weight is drawn as ``torch.nn.Linear`` draws it.
     """
@@ -78,8 +79,7 @@ class Linear(nn.Module):
         return made
 
     def _set(self, weight: Weight, bias: Tensor | None, compute: str | None) -> None:
-        if compute not in COMPUTES:
-            raise ValueError(f"Linear: compute is {compute!r}; expected None, 'int8' or 'fp8'")
+        check_compute(compute, weight.format)
         super().__init__()
         self.in_features, self.out_features = weight.k, weight.n
         self.format, self.layout, self.compute = weight.format, weight.layout, compute
@@ -97,15 +97,28 @@ class Linear(nn.Module):
 
     def stored(self) -> Weight:
         """The layer's Weight; it shares the layer's tensors."""
-        if self._weight is None:
-            parts: dict[str, Any] = {part: getattr(self, name, None) for part, name in _PARTS.items()}
-            self._weight = Weight(self.format, **parts, k=self.in_features, layout=self.layout)
+        weight = self._weight
+        if weight is not None:  # unless a tensor was assigned since: tied, loaded, swapped by torch.func
+            held: dict[str, Any] = self._parameters if weight.scale is None else self._buffers
+            if (
+                weight.data is held.get("weight")
+                and weight.scale is held.get("weight_scale")
+                and weight.zero is held.get("weight_zero")
+            ):
+                return weight
+        parts: dict[str, Any] = {part: getattr(self, name, None) for part, name in _PARTS.items()}
+        self._follow_dtype()
+        self._weight = Weight(self.format, **parts, k=self.in_features, layout=self.layout)
         return self._weight
 
     def forward(self, x: Tensor) -> Tensor:
         """y (..., N) for x (..., K)."""
-        weight = self._weight
-        return matmul(x, self.stored() if weight is None else weight, self.bias, compute=self.compute)
+        return matmul(x, self.stored(), self.bias, compute=self.compute)
+
+    def _follow_dtype(self) -> None:
+        """A dense layer's format is its weight's dtype, which ``.to(dtype)`` and loading may change."""
+        if self.format.dense and self.weight.dtype in DTYPE_NAMES:
+            self.format = Format(DTYPE_NAMES[self.weight.dtype])
 
     def extra_repr(self) -> str:
         """What ``print(layer)`` shows between its brackets."""
@@ -122,16 +135,19 @@ class Linear(nn.Module):
                 tensor = moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
             self._buffers[name] = tensor
         self._weight = None
+        self._follow_dtype()
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool,
                               missing_keys: list[str], unexpected_keys: list[str],
                               error_msgs: list[str]) -> None:  # fmt: skip
+        miscast = []
         for name in () if self.format.dense else _PARTS.values():
             own, new = getattr(self, name), state_dict.get(prefix + name)
             if own is not None and new is not None and new.dtype != own.dtype:  # copy_ would cast it silently
-                error_msgs.append(f"{prefix}{name} is {new.dtype}; {self.format} weights expect {own.dtype}")
-        if error_msgs:
+                miscast.append(f"{prefix}{name} is {new.dtype}; {self.format} weights expect {own.dtype}")
+        error_msgs.extend(miscast)
+        if miscast:
             return
         before = {} if self.format.dense else {name: getattr(self, name) for name in _PARTS.values()}
         saved = {name: tensor.clone() for name, tensor in before.items() if tensor is not None}
@@ -141,7 +157,7 @@ class Linear(nn.Module):
         self._weight = None
         try:
             self.stored()
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             error_msgs.append(f"{prefix}weight: {error}")
             for name, tensor in saved.items():  # a refused weight leaves the layer as it was
                 setattr(self, name, before[name].copy_(tensor))
@@ -171,8 +187,12 @@ def _layout_of(module: nn.Module) -> Layout | None:
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The layers of a model that ``convert`` can replace, by qualified name."""
-    return {name: module for name, module in model.named_modules() if _layout_of(module) is not None}
+    """The layers of a model that ``convert`` can replace, by qualified name; one with two names is there twice."""
+    # On its fast path TransformerEncoderLayer reads the weights of these two itself, past any forward.
+    encoders = [module for module in model.modules() if isinstance(module, nn.TransformerEncoderLayer)]
+    read = {id(layer) for encoder in encoders for layer in (encoder.linear1, encoder.linear2)}
+    named = model.named_modules(remove_duplicate=False)
+    return {name: module for name, module in named if _layout_of(module) is not None and id(module) not in read}
 
 
 def convert(
@@ -205,20 +225,28 @@ def convert(
         raise ValueError(f"convert: {type(model).__name__} has no torch.nn.Linear to convert")
     if "" in layers:
         raise ValueError("convert: the model is itself a linear layer; use vecmat.Linear.from_linear")
-    Format.make(weights.split(":")[0], 32 if weights.startswith("int4") else None)
-    skipped = {name for pattern in skip for name in _matching(pattern, layers)}
+    check_compute(compute, resolve_format(weights, 128, group_size, symmetric))
+    if isinstance(skip, str):
+        raise TypeError(f"convert: skip is {skip!r}; expected a list of names, such as [{skip!r}]")
+    skipped = {id(layers[name]) for pattern in skip for name in _matching(pattern, layers)}
     owners: dict[int, int] = {}
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
             owners[id(parameter)] = owners.get(id(parameter), 0) + 1
-    todo = [name for name in layers if name not in skipped]
+    todo = [name for name, layer in layers.items() if id(layer) not in skipped]
+    replaced: dict[int, Linear] = {}
     for done, name in enumerate(todo, 1):
         linear = layers[name]
-        tied = owners[id(linear.weight)] > 1 and not untie
-        wanted = None if tied else weights
-        made = Linear.from_linear(
-            linear, wanted, group_size=group_size, symmetric=symmetric, compute=None if tied else compute
-        )
+        made = replaced.get(id(linear))
+        if made is None:
+            tied = owners[id(linear.weight)] > 1 and not untie
+            made = replaced[id(linear)] = Linear.from_linear(
+                linear,
+                None if tied else weights,
+                group_size=group_size,
+                symmetric=symmetric,
+                compute=None if tied else compute,
+            )
         parent, _, last = name.rpartition(".")
         setattr(model.get_submodule(parent), last, made)
         layers[name] = made  # drop the old layer's weight before the next one is quantised

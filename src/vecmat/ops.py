@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from .device import Device
 from .dispatch import Candidate, Plan, candidates, choose, first_run
-from .problem import DTYPE_NAMES, Layout, Problem
+from .problem import DTYPE_NAMES, Format, Layout, Problem
 from .settings import scope
 from .weights import Signature, Weight, check_layout, dense_format
 
@@ -130,7 +130,9 @@ def bind_problem(
     wants_grad = is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, bias, weight.data if isinstance(weight, Weight) else weight)
     )
-    _check_compute(compute, signature, wants_grad)
+    check_compute(compute, signature.format)
+    if compute is not None and wants_grad:
+        raise ValueError(f"matmul: compute={compute!r} has no gradient; call it under torch.inference_mode()")
     problem = Problem(
         m=math.prod(x.shape[:-1]),
         n=signature.n,
@@ -156,18 +158,15 @@ def _signature(weight: Tensor | Weight, layout: Layout) -> Signature:
     return Signature.intern(dense_format(weight.dtype), n, k, layout, weight.device)
 
 
-def _check_compute(compute: str | None, signature: Signature, wants_grad: bool) -> None:
+def check_compute(compute: str | None, fmt: Format) -> None:
+    """Raise ``ValueError`` unless a weight of this format can be multiplied so."""
     if compute not in COMPUTES:
         raise ValueError(f"matmul: compute is {compute!r}; expected None, 'int8' or 'fp8'")
-    if compute is None:
-        return
-    if signature.format.name != compute or signature.format.group_size is not None:
+    if compute is not None and (fmt.name != compute or fmt.group_size is not None):
         raise ValueError(
             f"matmul: compute={compute!r} multiplies {compute} by {compute}, so it needs an {compute} weight with one "
-            f"scale per channel; this one is {signature.format}"
+            f"scale per channel; this one is {fmt}"
         )
-    if wants_grad:
-        raise ValueError(f"matmul: compute={compute!r} has no gradient; call it under torch.inference_mode()")
 
 
 def _told(value: Tensor | Weight) -> str:
