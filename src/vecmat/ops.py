@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -50,10 +51,10 @@ def matmul(
             about: Any = weight.signature
             grad = grad and (x.requires_grad or weight.data.requires_grad or (bias is not None and bias.requires_grad))
         else:
-            about = (weight.shape, weight.dtype, weight.device, layout)
+            about = (weight.shape, weight.dtype, weight.device)
             grad = grad and (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad))
         key = (
-            x.shape, x.dtype, x.device, about, grad, out_dtype, kernel, compute, get_num_threads(),
+            x.shape, x.dtype, x.device, about, layout, grad, out_dtype, kernel, compute, get_num_threads(),
             None if bias is None else (bias.shape, bias.dtype, bias.device),
         )  # fmt: skip
         plan = scope().plans.get(key)
@@ -63,6 +64,9 @@ def matmul(
         return plan.run(x, plan.operand(weight) if stored else weight, bias)  # type: ignore[no-any-return]
     problem, device = bind_problem(x, weight, bias, layout=layout, out_dtype=out_dtype, compute=compute)
     if 0 in (problem.m, problem.n, problem.k):
+        if kernel is not None:  # a name that is wrong is refused here, too
+            some = dataclasses.replace(problem, m=max(1, problem.m), n=max(1, problem.n), k=max(1, problem.k))
+            choose(some, device, kernel=kernel)
         return _empty(x, problem, bias, out_dtype)
     return first_run(choose(problem, device, kernel=kernel), key, x, weight, bias, named=kernel is not None)
 

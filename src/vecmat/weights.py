@@ -70,6 +70,9 @@ class Weight:
                  k: int | None = None, layout: Layout = "nk") -> None:  # fmt: skip
         fmt = Format.parse(fmt) if isinstance(fmt, str) else fmt
         check_layout("Weight", layout)
+        for name, tensor in (("data", data), ("scale", scale), ("zero", zero)):
+            if not isinstance(tensor, Tensor) and (tensor is not None or name == "data"):
+                raise TypeError(f"Weight: {name} is {type(tensor).__name__}; expected a tensor")
         if data.dim() != 2:
             raise ValueError(f"Weight: data has shape {tuple(data.shape)}; expected two dimensions")
         if data.dtype != fmt.dtype:
@@ -272,6 +275,8 @@ def quantize(
 
 def resolve_format(name: str, k: int, group_size: int | None = None, symmetric: bool = True) -> Format:
     """The Format meant by a name and options, with int4's default group size for K = ``k``."""
+    if not isinstance(name, str):
+        raise TypeError(f"format is {type(name).__name__}; expected a name such as 'int8'")
     if ":" in name:
         fmt = Format.parse(name)
         if group_size not in (None, fmt.group_size):
