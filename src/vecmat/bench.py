@@ -16,7 +16,10 @@ Call = Callable[[], object]
 # Copies of a weight are rotated until they exceed the last cache this many times over, so each call reads memory.
 _CACHES = 6
 _MOST_COPIES = 64
-_SAMPLE_US = {"gpu": 300.0, "cpu": 2000.0}
+_SAMPLE_US = 2000.0  # a sample's length, and the most calls in one
+_MOST_CALLS = 2000
+_GRAPH_CALLS = 20
+_ENOUGH_S = 2.0
 
 
 def copies_needed(device: Device, weight_bytes: int) -> int:
@@ -27,43 +30,39 @@ def copies_needed(device: Device, weight_bytes: int) -> int:
 class Sampler:
     """Times one contender: ``once()`` is a sample, in microseconds a call, over calls that rotate the weight.
 
-    calls: one per copy of the weight. On a GPU they are captured into one CUDA graph, so that neither Python nor the
-    launch is inside the time; on a CPU they are called in turn, Python included. Each is called once first, which
-    compiles and packs. Raises whatever a call raises.
+    calls: one per copy of the weight, compiled and packed by a first call made here. On a GPU they are captured into
+    one CUDA graph, so that neither Python nor the launch is inside the time; on a CPU they are called in turn, Python
+    included. Raises whatever a call raises.
     """
 
     def __init__(self, device: Device, calls: Sequence[Call]) -> None:
         self.calls = calls
-        for call in calls:
-            call()
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._count = len(calls)
+        self._next = 0
+        calls[0]()
+        self._synchronize: Call = torch.cuda.synchronize if device.is_gpu else lambda: None
+        self._synchronize()
+        rounds = min(3, len(calls))
+        begin = time.perf_counter()
+        for call in calls[:rounds]:
+            call()
+        self._synchronize()
+        us = max((time.perf_counter() - begin) * 1e6 / rounds, 0.1)
+        self._count = max(1, min(round(_SAMPLE_US / us), _MOST_CALLS))
         if device.is_gpu:
-            self._capture(device)
-        else:
-            start = time.perf_counter()
-            for call in calls:
-                call()
-            per_round = (time.perf_counter() - start) * 1e6
-            self._count = len(calls) * max(1, round(_SAMPLE_US["cpu"] / max(per_round, 1.0)))
+            # whole turns, so that every copy is read equally often and last read a turn ago
+            self._count = len(calls) * max(1, min(-(-_GRAPH_CALLS // len(calls)), -(-self._count // len(calls))))
+            with torch.cuda.device(device.place):
+                self._graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(self._graph):
+                    self._call_all()
+                self._graph.replay()
+                torch.cuda.synchronize()
 
-    def _capture(self, device: Device) -> None:
-        with torch.cuda.device(device.index):
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            for call in self.calls:
-                call()
-            torch.cuda.synchronize()
-            per_round = (time.perf_counter() - start) * 1e6
-            rounds = max(1, min(-(-20 // len(self.calls)), round(4 * _SAMPLE_US["gpu"] / max(per_round, 1.0)) or 1))
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                for _ in range(rounds):
-                    for call in self.calls:
-                        call()
-            graph.replay()
-            torch.cuda.synchronize()
-        self._graph, self._count = graph, rounds * len(self.calls)
+    def _call_all(self) -> None:
+        for index in range(self._next, self._next + self._count):
+            self.calls[index % len(self.calls)]()
+        self._next = (self._next + self._count) % len(self.calls)
 
     def once(self) -> float:
         """Microseconds a call, of one sample."""
@@ -75,17 +74,22 @@ class Sampler:
             end.synchronize()  # type: ignore[no-untyped-call]
             return float(start.elapsed_time(end)) * 1e3 / self._count  # type: ignore[no-untyped-call]
         begin = time.perf_counter()
-        for index in range(self._count):
-            self.calls[index % len(self.calls)]()
+        self._call_all()
         return (time.perf_counter() - begin) / self._count * 1e6
 
 
 def medians(samplers: Sequence[Sampler], rounds: int) -> list[float]:
-    """Each contender's median over interleaved rounds, so that a slow moment of the machine falls on all of them."""
+    """Each contender's median over interleaved rounds, so that a slow moment of the machine falls on all of them.
+
+    After three rounds it ends early once they have taken ``_ENOUGH_S``.
+    """
     samples: list[list[float]] = [[] for _ in samplers]
-    for _ in range(rounds):
+    begin = time.perf_counter()
+    while len(samples[0]) < rounds:
         for sampler, own in zip(samplers, samples, strict=True):
             own.append(sampler.once())
+        if len(samples[0]) >= 3 and time.perf_counter() - begin > _ENOUGH_S:
+            break
     return [statistics.median(own) for own in samples]
 
 

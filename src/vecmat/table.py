@@ -42,7 +42,7 @@ _MOST_BYTES = 64 << 20
 class Row:
     """One decision. us, torch_us: median microseconds of the winner and of torch's own path, None if not timed.
 
-    tried, failed: how many candidates were measured and how many could not run or were wrong.
+    tried, failed: how many candidates were tried, and how many of them could not run or were wrong.
     """
 
     kernel: str

@@ -26,7 +26,8 @@ from .table import Row
 from .weights import Weight, quantize, quantize_rows
 
 MARGIN = 0.03  # a tuned choice must beat the untuned one by this share, or noise would decide
-_PRUNE = 3.0  # candidates estimated this many times slower than the best are not tried
+_PRUNE = 3.0  # candidates estimated this many times slower than the best are not tried,
+_PRUNE_TORCH = 20.0  # and torch's own path, whose time every row tells, only if it is hopeless
 _LOSER = 1.5  # one sample this many times slower than the best so far ends a candidate
 _FINALISTS = 3
 _COLUMNS = 1024  # columns of y compared with the oracle, the first and last among them
@@ -53,7 +54,7 @@ class Tuned:
     seconds: float
 
 
-@dataclasses.dataclass(slots=True)
+@dataclasses.dataclass(slots=True, eq=False)
 class _Candidate:
     kernel: Kernel
     config: Config
@@ -71,23 +72,24 @@ def tune(problem: Problem, device: Device, *, deadline: float = float("inf"),
     on_trial: called after each candidate.
     """
     began = time.monotonic()
-    candidates = _candidates(problem, device)
+    candidates, hopeless = _candidates(problem, device)
     default = candidates[0]
     inputs = _Inputs(problem, device)
     _compile(candidates, inputs)
     best = float("inf")
-    for candidate in candidates:
-        if time.monotonic() > deadline and best < float("inf"):
+    for index, candidate in enumerate(candidates + hopeless):
+        if best < float("inf") and (index >= len(candidates) or time.monotonic() > deadline):
             break
         _try(candidate, inputs, best)
         best = min(best, candidate.us)
         if on_trial is not None:
             on_trial(_trial(candidate))
+    candidates += hopeless
     timed = sorted((c for c in candidates if c.sampler is not None), key=lambda c: c.us)
     if not timed:
         return None
     finalists = timed[:_FINALISTS]
-    torch_path = next((c for c in timed if c.kernel.name.startswith("torch_")), None)
+    torch_path = next((c for c in timed if _is_torch(c)), None)
     finalists += [c for c in (default, torch_path) if c is not None and c.sampler and c not in finalists]
     for candidate, us in zip(finalists, medians([c.sampler for c in finalists if c.sampler], 7), strict=True):
         candidate.us = us
@@ -113,8 +115,11 @@ def _trial(candidate: _Candidate) -> Trial:
     return Trial(kernel=candidate.kernel.name, config=candidate.config, us=us, failure=candidate.failure)
 
 
-def _candidates(problem: Problem, device: Device) -> list[_Candidate]:
-    """Every kernel's configs worth trying, by estimate; the first is what would be chosen without tuning."""
+def _candidates(problem: Problem, device: Device) -> tuple[list[_Candidate], list[_Candidate]]:
+    """Every kernel's configs worth trying, by estimate, and those to try only if none of these works.
+
+    The first is what would be chosen without tuning.
+    """
     found: list[_Candidate] = []
     for kernel in registry()[0].values():
         if kernel.rejects(problem, device) is not None:
@@ -126,8 +131,12 @@ def _candidates(problem: Problem, device: Device) -> list[_Candidate]:
                   for i, c in enumerate(configs)]  # fmt: skip
     found.sort(key=lambda c: c.estimate_us)
     best = found[0].estimate_us
-    torch_paths = [c for c in found if c.kernel.name.startswith("torch_")]
-    return [c for c in found if c.estimate_us <= _PRUNE * best or c in torch_paths]
+    near = [c for c in found if c.estimate_us <= best * (_PRUNE_TORCH if _is_torch(c) else _PRUNE)]
+    return near, [c for c in found if c not in near]
+
+
+def _is_torch(candidate: _Candidate) -> bool:
+    return candidate.kernel.name.startswith("torch_")
 
 
 class _Inputs:
@@ -146,14 +155,14 @@ class _Inputs:
         del dense
         count = copies_needed(device, problem.weight_bytes)
         self.weights = [first, *(_clone(first) for _ in range(count - 1))]
-        self._oracle(first)
+        self._oracle(first, generator)
 
-    def _oracle(self, weight: Weight) -> None:
+    def _oracle(self, weight: Weight, generator: torch.Generator) -> None:
         """float64 results of some columns, and the largest and RMS error of torch's own product of them."""
         problem = self.problem
         n = problem.n
         edge = min(n, _COLUMNS // 4)
-        middle = torch.randint(n, (_COLUMNS // 2,), device=self.x.device)
+        middle = torch.randint(n, (_COLUMNS // 2,), device=self.x.device, generator=generator)
         ends = torch.arange(n, device=self.x.device)
         self.columns: Tensor = torch.unique(torch.cat((ends[:edge], middle, ends[n - edge :])))
         dense = weight.dequantize(torch.float32)
