@@ -12,10 +12,11 @@ import importlib.util
 from typing import TYPE_CHECKING, Any
 
 from . import tables
-from .errors import NoKernelError, VecmatWarning
+from .errors import NoKernelError, TableMissError, VecmatWarning
 from .nn import Linear, convert
 from .ops import explain, matmul
 from .settings import Settings, settings
+from .tuner import tuning
 from .weights import Weight, quantize
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ __all__ = [
     "Linear",
     "NoKernelError",
     "Settings",
+    "TableMissError",
     "VecmatWarning",
     "VectorMatMulOp",
     "Weight",
@@ -40,12 +42,16 @@ __all__ = [
     "quantize",
     "settings",
     "tables",
+    "tuning",
 ]
 
 
 def __getattr__(name: str) -> Any:
     if name == "HAS_TRITON":  # looked up when asked for, so that the import itself touches no file
-        return importlib.util.find_spec("triton") is not None
+        try:
+            return importlib.util.find_spec("triton") is not None
+        except ImportError:  # a finder that refuses it
+            return False
     if name in ("BaseOp", "DeepSpeedInferenceConfig", "VectorMatMulOp"):
         return getattr(importlib.import_module(".deepspeed", __name__), name)
     raise AttributeError(f"module 'vecmat' has no attribute {name!r}")

@@ -8,11 +8,12 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from . import table
+from . import table, tuner
 from .device import Device
-from .errors import NoKernelError, VecmatWarning
+from .errors import NoKernelError, TableMissError, VecmatWarning
 from .kernels import registry
 from .kernels.base import Config, Kernel, Run
 from .problem import Problem
@@ -69,8 +70,10 @@ def candidates(problem: Problem, device: Device) -> list[Candidate]:
     return sorted(answers, key=lambda c: (c.reason is not None, c.estimate_us, c.kernel))
 
 
-def choose(problem: Problem, device: Device, *, kernel: str | None = None) -> Plan:
+def choose(problem: Problem, device: Device, *, kernel: str | None = None, may_tune: bool = False) -> Plan:
     """The Plan for a problem: the caller's kernel, else overlay, user's table, shipped table, lowest estimate.
+
+    may_tune: whether a problem that no table has may be tuned now, if the settings ask for it.
 
     Raises ``ValueError`` if the named kernel does not exist or cannot run the problem (with its reason), and
     ``NoKernelError`` under ``settings(strict=True)`` if only the fallback is left.
@@ -94,7 +97,31 @@ def choose(problem: Problem, device: Device, *, kernel: str | None = None) -> Pl
         if row and chosen:
             stale = ", measured with other versions" if rows.stale else ""
             return _plan(problem, device, chosen, f"{rung}{stale}: {rows.source}")
+    if may_tune and settings.current().tune == "on_miss" and _tunable(problem, device):
+        tuned = tuner.tune_into_table(problem, device, deadline=settings.current().deadline)
+        chosen = tuned and _from_row(tuned, problem, device, able)
+        if chosen:
+            return _plan(problem, device, chosen, "tuned just now")
+    if settings.current().on_miss == "error":
+        raise TableMissError(f"no table has {problem.key()} on {device.name}{_nearest(problem, device)}")
     return _plan(problem, device, able[0], "lowest estimate")
+
+
+def _tunable(problem: Problem, device: Device) -> bool:
+    """Whether a problem may be timed now: not one that wants gradients, and not while a CUDA graph is captured."""
+    return not problem.grad and not (device.is_gpu and torch.cuda.is_current_stream_capturing())
+
+
+def _nearest(problem: Problem, device: Device) -> str:
+    """The rows most like a problem's, and in which words they differ, for a message."""
+    words = problem.key().split()
+    told = []
+    for rung, rows in table.ladder(device.name):
+        for key in rows.rows:
+            differ = [(have, want) for have, want in zip(key.split(), words, strict=False) if have != want]
+            told.append((len(differ), rung, key, ", ".join(f"{have} for {want}" for have, want in differ)))
+    lines = [f"  {key} ({rung}): has {differ or 'more words'}" for _, rung, key, differ in sorted(told)[:3]]
+    return "; the nearest rows:\n" + "\n".join(lines) if lines else "; the tables are empty"
 
 
 def _from_row(row: table.Row, problem: Problem, device: Device, able: list[Candidate]) -> Candidate | None:

@@ -11,5 +11,9 @@ class VecmatWarning(UserWarning):
     """Something was set aside or replaced, the result is still right: a table ignored, a kernel demoted."""
 
 
+class TableMissError(LookupError):
+    """No table has a row for this problem under ``settings(on_miss="error")``; the message shows the nearest rows."""
+
+
 class NoKernelError(RuntimeError):
     """No kernel may run this problem under ``settings(strict=True)``; the message lists every kernel's reason."""

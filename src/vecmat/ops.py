@@ -68,7 +68,9 @@ def matmul(
             some = dataclasses.replace(problem, m=max(1, problem.m), n=max(1, problem.n), k=max(1, problem.k))
             choose(some, device, kernel=kernel)
         return _empty(x, problem, bias, out_dtype)
-    return first_run(choose(problem, device, kernel=kernel), key, x, weight, bias, named=kernel is not None)
+    return first_run(
+        choose(problem, device, kernel=kernel, may_tune=True), key, x, weight, bias, named=kernel is not None
+    )
 
 
 def _empty(x: Tensor, problem: Problem, bias: Tensor | None, out_dtype: torch.dtype | None) -> Tensor:

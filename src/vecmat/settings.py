@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from contextvars import ContextVar, Token
 from typing import Any
 
@@ -12,11 +13,27 @@ class Settings:
     """Everything that changes how a kernel is chosen, and nothing that changes what is computed.
 
     strict: raise ``NoKernelError`` where only the fallback kernel is left, instead of running it.
+    tune: "off", or "on_miss" to tune a problem that no table has when it is first met (``vecmat.tuning`` sets it).
+    deadline: the ``time.monotonic()`` after which nothing more is tuned.
+    on_miss: "estimate" takes the lowest estimate where no table has a row; "error" raises ``TableMissError``.
     overlay: a ``table.Table`` asked before the user's and the shipped one (``vecmat.tables.use`` sets it).
     """
 
     strict: bool = False
+    tune: str = "off"
+    deadline: float = math.inf
+    on_miss: str = "estimate"
     overlay: Any = None
+
+    def __post_init__(self) -> None:
+        allowed: dict[str, tuple[Any, ...]] = {
+            "strict": (True, False), "tune": ("off", "on_miss"), "on_miss": ("estimate", "error"),
+        }  # fmt: skip
+        for name, values in allowed.items():
+            value = getattr(self, name)
+            if not any(value is known or (isinstance(value, str) and value == known) for known in values):
+                kind = TypeError if name == "strict" else ValueError
+                raise kind(f"settings: {name} is {value!r}; expected {' or '.join(map(repr, values))}")
 
 
 class Scope:
@@ -56,8 +73,7 @@ class settings:
         for name in changes:
             if name not in known:
                 raise TypeError(f"settings: there is no setting {name!r}; the settings are {', '.join(known)}")
-        if not isinstance(changes.get("strict", False), bool):
-            raise TypeError(f"settings: strict is {changes['strict']!r}; expected True or False")
+        Settings(**changes)  # refuses wrong values here, not at the with statement
         self._changes = changes
         self._tokens: list[Token[Scope]] = []
 

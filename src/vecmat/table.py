@@ -36,6 +36,7 @@ from .settings import forget_plans, settings
 SCHEMA = 1
 _LOCK_TIMEOUT_S = 5.0
 _MOST_BYTES = 64 << 20
+_REMEMBERED: dict[str, dict[str, Row]] = {}
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -219,6 +220,12 @@ def _replace(file: Path, text: str) -> None:
         raise
 
 
+def remember(device_name: str, rows: Mapping[str, Row]) -> None:
+    """Keep rows for this process alone: what was tuned where no table can be written."""
+    _REMEMBERED[device_name] = {**_REMEMBERED.get(device_name, {}), **rows}
+    forget_plans()
+
+
 @functools.lru_cache(maxsize=64)
 def user_table(device_name: str, file: Path) -> Table | None:
     """The user's table for a device, read once per process until ``save`` changes it."""
@@ -245,6 +252,8 @@ def ladder(device_name: str) -> Iterator[tuple[str, Table]]:
     user = user_table(device_name, path(device_name))
     if user is not None:
         yield "your table", user
+    if device_name in _REMEMBERED:
+        yield "tuned by this process", Table(device_name, _REMEMBERED[device_name], "not saved")
     shipped = shipped_table(device_name)
     if shipped is not None:
         yield "shipped table", shipped

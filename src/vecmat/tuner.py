@@ -7,21 +7,25 @@ would be made without tuning is only replaced by one that beats it by more than 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import filelock
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from . import table
 from .bench import Sampler, copies_needed, medians
 from .device import Device
 from .kernels import registry
 from .kernels.base import Config, Kernel
 from .problem import DTYPES, Problem
+from .settings import settings
 from .table import Row
 from .weights import Weight, quantize, quantize_rows
 
@@ -32,6 +36,7 @@ _LOSER = 1.5  # one sample this many times slower than the best so far ends a ca
 _FINALISTS = 3
 _COLUMNS = 1024  # columns of y compared with the oracle, the first and last among them
 _COMPILERS = 8
+_LONGEST_WAIT_S = 60.0
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,6 +113,53 @@ def tune(problem: Problem, device: Device, *, deadline: float = float("inf"),
     )
     trials = sorted((_trial(c) for c in tried), key=lambda t: t.us if t.us is not None else float("inf"))
     return Tuned(problem=problem, row=row, trials=trials, seconds=time.monotonic() - began)
+
+
+def tune_into_table(problem: Problem, device: Device, *, deadline: float = float("inf")) -> Row | None:
+    """The Row of a problem, tuned by this process or, meanwhile, by another; it is in the user's table if that works.
+
+    One process of a machine tunes a device at a time, so that they do not disturb each other and none tunes what
+    another just did; the others wait until the deadline (a minute if there is none) and then get None. Where the
+    table's folder cannot be written the row is kept for this process.
+    """
+    file = table.path(device.name)
+    wait = min(max(deadline - time.monotonic(), 0.0), _LONGEST_WAIT_S)
+    if wait == 0.0:
+        return None
+    lock: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
+    with contextlib.suppress(OSError):  # a folder that cannot be written has no lock, and needs none
+        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock = filelock.FileLock(f"{file}.tuning.lock").acquire(timeout=wait)
+        except filelock.Timeout:
+            return None
+    with lock:
+        table.user_table.cache_clear()
+        known = table.user_table(device.name, file)
+        row = known.find(device.name, problem.key()) if known is not None else None
+        if row is not None:
+            return row
+        tuned = tune(problem, device, deadline=deadline)
+        if tuned is None:
+            return None
+        if not table.save(device.name, {problem.key(): tuned.row}):
+            table.remember(device.name, {problem.key(): tuned.row})
+        return tuned.row
+
+
+@contextlib.contextmanager
+def tuning(budget_s: float = 60.0) -> Iterator[None]:
+    """Context in which every problem that ``matmul`` meets and no table has is tuned, for ``budget_s`` seconds in all.
+
+    >>> with vecmat.tuning(budget_s=30):
+    ...     model.generate(**inputs, max_new_tokens=4)
+
+    What was found is in the user's table, and used, from then on; what the budget did not reach is chosen by estimate.
+    """
+    if not budget_s > 0:
+        raise ValueError(f"tuning: budget_s is {budget_s!r}; expected more than 0 seconds")
+    with settings(tune="on_miss", deadline=time.monotonic() + budget_s):
+        yield
 
 
 def _trial(candidate: _Candidate) -> Trial:
