@@ -7,6 +7,7 @@ import contextlib
 import json
 import re
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -244,19 +245,38 @@ def _run(args: argparse.Namespace) -> None:
         model, tokenizer = models.load(source, DTYPES[dtype], device, advance)
     where = Device.of(device).name
     screen.title(f"{source.name}, {dtype}, on {where}", prompt)
+    began = _processors()
     found = compare.compare(
         model, tokenizer, args.weights, group_size=args.group_size, compute=args.compute, untie=args.untie,
         prompt=prompt, max_new_tokens=args.max_new_tokens, watcher=screen,
     )  # fmt: skip
+    used = [end - start for start, end in zip(began, _processors(), strict=True)]
+    others = max(0.0, (used[0] - used[1]) / used[2])
     if args.json:
         asked = {"model": source.name, "device": where, "dtype": dtype, "weights": args.weights, "prompt": prompt,
-                 "group_size": args.group_size, "compute": args.compute, "untie": args.untie}  # fmt: skip
+                 "group_size": args.group_size, "compute": args.compute, "untie": args.untie,
+                 "others_share": others}  # fmt: skip
         print(json.dumps({**asked, **found.as_dict()}, indent=2))
     else:
-        _print_comparison(_console(sys.stdout), found, args.weights)
+        _print_comparison(_console(sys.stdout), found)
+        if others > 0.1:
+            share = f"{100 * others:.0f} %"
+            print(f"\nOther programs took {share} of the processors meanwhile: the times are not to be trusted.")
 
 
-def _print_comparison(console: Console, found: Comparison, weights: str) -> None:
+def _processors() -> tuple[float, float, float]:
+    """Seconds so far, over all processors: that any program ran, that this one ran, and in all (Linux; else zeros)."""
+    own = time.process_time()
+    try:
+        with open("/proc/stat", encoding="ascii") as file:
+            user, nice, system, idle, iowait, *more = (int(word) / 100 for word in file.readline().split()[1:9])
+    except (OSError, ValueError):
+        return 0.0, own, time.monotonic()
+    busy = user + nice + system + sum(more)  # time stolen by other virtual machines among them
+    return busy, own, busy + idle + iowait
+
+
+def _print_comparison(console: Console, found: Comparison) -> None:
     from rich.table import Table
     from rich.text import Text
 

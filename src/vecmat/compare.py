@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -41,8 +42,9 @@ class Watcher(Protocol):
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Side:
-    """One model measured. prompt_s: seconds until the first token. decode_s: seconds for the tokens after it.
+    """One model measured. prompt_s: seconds until the first token. step_s: median seconds of each token after it.
 
+    step_s is None where there was one token only; a median, because another program's burst is not the model's time.
     megabytes: its parameters and buffers, 1e6 bytes, each tensor once. packed_megabytes: copies that kernels keep in
     an order of their own. perplexity: over the passage.
     """
@@ -50,7 +52,7 @@ class Side:
     text: str
     tokens: int
     prompt_s: float
-    decode_s: float
+    step_s: float | None
     megabytes: float
     packed_megabytes: float
     perplexity: float
@@ -58,7 +60,7 @@ class Side:
     @property
     def tokens_per_s(self) -> float | None:
         """Decoded tokens a second, the first token (the prompt's) apart; None if there was no other."""
-        return (self.tokens - 1) / self.decode_s if self.tokens > 1 else None
+        return 1 / self.step_s if self.step_s else None
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -176,13 +178,14 @@ def _measure(
     with watcher.stage("warming up"):
         _warm_up(model, ids)
     watcher.begin(title)
-    text, tokens, prompt_s, decode_s = generate(model, tokenizer, ids, max_new_tokens, watcher.text)
+    text, spans = generate(model, tokenizer, ids, max_new_tokens, watcher.text)
     watcher.end()
     with watcher.stage("scoring the passage"), torch.inference_mode():
         logits = model(input_ids=passage, use_cache=False).logits[0]
     side = Side(
-        text=text, tokens=tokens, prompt_s=prompt_s, decode_s=decode_s, megabytes=megabytes(model),
-        packed_megabytes=packed_megabytes(model), perplexity=perplexity(logits, passage[0]),
+        text=text, tokens=len(spans), prompt_s=spans[0], step_s=statistics.median(spans[1:]) if spans[1:] else None,
+        megabytes=megabytes(model), packed_megabytes=packed_megabytes(model),
+        perplexity=perplexity(logits, passage[0]),
     )  # fmt: skip
     return side, logits
 
@@ -229,8 +232,8 @@ class _Clock:
 
 def generate(
     model: Any, tokenizer: Any, ids: Tensor, max_new_tokens: int, say: Callable[[str], None]
-) -> tuple[str, int, float, float]:
-    """(text, number of tokens, seconds to the first one, seconds for the others), decoded greedily.
+) -> tuple[str, list[float]]:
+    """The text, decoded greedily, and the seconds that each of its tokens took; the first one's are the prompt's.
 
     ids: the prompt, (1, tokens). say: called with the text as it comes, a few words at a time.
     """
@@ -242,7 +245,7 @@ def generate(
 
     clock = _Clock(tokenizer, tell)
     _decode(model, ids, max_new_tokens, clock)
-    return "".join(pieces).strip(), len(clock.spans), clock.spans[0], math.fsum(clock.spans[1:])
+    return "".join(pieces).strip(), clock.spans
 
 
 def _decode(model: Any, ids: Tensor, max_new_tokens: int, streamer: Any) -> None:
