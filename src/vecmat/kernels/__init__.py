@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.util
 import pkgutil
 
 from .base import Kernel
@@ -14,19 +13,23 @@ from .base import Kernel
 def registry() -> tuple[dict[str, Kernel], dict[str, str]]:
     """Every kernel by name, and the reason of each file that could not be imported here.
 
-    A kernel's name is its module's. Modules named ``triton_*`` are imported only where Triton is installed; without
-    it they are listed with that reason, not absent.
+    A kernel's name is its module's. Modules named ``triton_*`` need a Triton that can be imported; without it they
+    are listed with the reason, not absent.
     """
     kernels: dict[str, Kernel] = {}
     missing: dict[str, str] = {}
-    triton = importlib.util.find_spec("triton") is not None
     for module in sorted(info.name for info in pkgutil.iter_modules(__path__)):
         if module.startswith("_") or module == "base":
             continue
-        if module.startswith("triton_") and not triton:
-            missing[module] = "Triton is not installed (pip install 'vecmat[gpu]')"
+        try:
+            content = vars(importlib.import_module(f"{__name__}.{module}"))
+        except ImportError as error:
+            if not module.startswith("triton_"):
+                raise
+            absent = isinstance(error, ModuleNotFoundError) and error.name == "triton"
+            why = "Triton is not installed (pip install 'vecmat[gpu]')"
+            missing[module] = why if absent else f"the Triton that is installed cannot be used: {error}"
             continue
-        content = vars(importlib.import_module(f"{__name__}.{module}"))
         made = [
             value
             for value in content.values()
