@@ -39,6 +39,7 @@ def own_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path
     yield folder
     forget_plans()
     dispatch._DEMOTED.clear()
+    table._REMEMBERED.clear()
     table.user_table.cache_clear()
 
 

@@ -161,14 +161,14 @@ def first_run(plan: Plan, key: Any, x: Tensor, weight: Any, bias: Tensor | None,
         except plan.kernel.launch_errors as error:
             if named:
                 raise
-            why = f"its first launch failed: {type(error).__name__}: {str(error).splitlines()[0]}"
+            why = f"its first launch failed: {': '.join([type(error).__name__, *str(error).splitlines()[:1]])}"
             _DEMOTED[plan.kernel.name, plan.problem.key(), plan.device.name] = why
             failed, plan = plan, choose(plan.problem, plan.device)
             warnings.warn(
                 f"kernel {failed.kernel.name} is set aside for {plan.problem.key()} on {plan.device.name}, {why}; "
                 f"{plan.kernel.name} takes its place",
                 VecmatWarning,
-                stacklevel=4,
+                stacklevel=3,  # matmul's caller
             )
             continue
         memo = scope().plans

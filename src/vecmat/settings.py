@@ -84,11 +84,12 @@ class settings:
 
     def __enter__(self) -> Settings:
         value = dataclasses.replace(scope().settings, **self._changes)
-        if value not in _SCOPES:
+        found = _SCOPES.get(value)
+        if found is None:  # other threads may be here, too: nothing is taken for granted between two steps
             while len(_SCOPES) >= _MOST_SCOPES:  # overlays come and go; the default scope, first in, stays
-                _SCOPES.pop(list(_SCOPES)[1])
-            _SCOPES[value] = Scope(value)
-        self._tokens.append(_SCOPE.set(_SCOPES[value]))
+                _SCOPES.pop(list(_SCOPES)[1], None)
+            found = _SCOPES.setdefault(value, Scope(value))
+        self._tokens.append(_SCOPE.set(found))
         return value
 
     def __exit__(self, *exc: object) -> None:
