@@ -11,6 +11,7 @@ TESTARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
+CODE := $(wildcard src tests benchmarks)
 PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check
 
 .PHONY: run test lint format clean
@@ -22,13 +23,13 @@ test: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest $(TESTARGS)
 
 lint: $(VENV)/dev.stamp
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+	$(BIN)/ruff check $(CODE)
+	$(BIN)/ruff format --check $(CODE)
 	$(BIN)/mypy
 
 format: $(VENV)/dev.stamp
-	$(BIN)/ruff check --fix .
-	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix $(CODE)
+	$(BIN)/ruff format $(CODE)
 
 clean:
 	rm -rf $(VENV)
