@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 from typing import Literal
 
 import torch
@@ -116,6 +117,18 @@ class Problem:
         words += [f"c={self.compute}"] if self.compute else []
         return " ".join(words)
 
+    @staticmethod
+    def parse(key: str) -> Problem:
+        """The Problem of a key, M as bucketed. Raises ``ValueError`` for a text that is no key."""
+        found = _KEY.fullmatch(key)
+        if found is None:
+            raise ValueError(f"{key!r} is no problem key; expected one like 'm1 n4096 k4096 x=bf16 w=int8 o=bf16 nk'")
+        m, n, k, x, weight, out, layout, bias, compute = found.groups()
+        return Problem(
+            m=int(m), n=int(n), k=int(k), x=x, weight=Format.parse(weight), out=out,
+            layout="nk" if layout == "nk" else "kn", bias=bias is not None, compute=compute or "",
+        )  # fmt: skip
+
     @property
     def flops(self) -> int:
         """Multiplications and additions."""
@@ -134,6 +147,12 @@ class Problem:
 
     def __str__(self) -> str:
         return self.key()
+
+
+_KEY = re.compile(
+    r"m(\d{1,12}) n(\d{1,12}) k(\d{1,12}) x=(fp32|bf16|fp16) w=(\S+) o=(fp32|bf16|fp16) (nk|kn)"
+    r"( bias)?(?: c=(int8|fp8))?"
+)
 
 
 def bucket(m: int) -> int:

@@ -183,6 +183,22 @@ def save(device_name: str, rows: Mapping[str, Row], file: Path | None = None) ->
     return True
 
 
+def write(file: Path, device_name: str, rows: Mapping[str, Row]) -> None:
+    """Write a table file of these rows alone, in one step. Raises ``OSError`` where it cannot."""
+    _replace(file, _text(device_name, rows))
+
+
+def read(file: Path) -> Table:
+    """The table in a file, whichever device it is for. Raises ``ValueError`` saying why it is none."""
+    try:
+        table = _parse(file.read_text(encoding="utf-8"), str(file))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"table {file} cannot be read: {error}") from error
+    if isinstance(table, str):
+        raise ValueError(f"table {file} cannot be used: {table}")
+    return table
+
+
 def _rows_on_disk(file: Path, device_name: str) -> Mapping[str, Row]:
     if not file.exists():
         return {}
@@ -269,11 +285,7 @@ def use(source: str | os.PathLike[str] | Mapping[str, Row], *, device: str | Non
         if device is None:
             raise ValueError("tables.use: rows without a device; pass device='its exact name'")
         return settings(overlay=Table(device, source, "tables.use"))
-    text = Path(source).read_text(encoding="utf-8")
-    table = _parse(text, str(source))
-    if isinstance(table, str):
-        raise ValueError(f"tables.use: {source}: {table}")
-    return settings(overlay=table)
+    return settings(overlay=read(Path(source)))
 
 
 def _warn(message: str) -> None:

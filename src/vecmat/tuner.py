@@ -147,6 +147,36 @@ def tune_into_table(problem: Problem, device: Device, *, deadline: float = float
         return tuned.row
 
 
+def verify(key: str, row: Row, device: Device | None) -> str | None:
+    """What is wrong with a table's row, None if nothing is.
+
+    The problem must parse, the kernel exist in the row's version and have its config; with a device, which must be
+    here, the kernel must also take the problem there and its result stand the check against the oracle.
+    """
+    try:
+        problem = Problem.parse(key)
+    except ValueError as error:
+        return str(error)
+    kernel = registry()[0].get(row.kernel)
+    if kernel is None:
+        return f"there is no kernel {row.kernel!r} here"
+    if kernel.version != row.kernel_version:
+        return f"it is for version {row.kernel_version} of {row.kernel}, which is at {kernel.version}"
+    if device is None:
+        return None
+    reason = kernel.rejects(problem, device)
+    if reason is not None:
+        return f"{row.kernel} cannot: {reason}"
+    if dict(row.config) not in map(dict, kernel.configs(problem, device)):
+        return f"{row.kernel} has no config {dict(row.config)}"
+    candidate = _Candidate(kernel, row.config, 0.0)
+    inputs = _Inputs(problem, device, copies=1)
+    failure = _failure_of(
+        candidate, lambda: setattr(candidate, "failure", inputs.wrong(_calls(candidate, inputs)[0]()))
+    )
+    return failure or candidate.failure
+
+
 @contextlib.contextmanager
 def tuning(budget_s: float = 60.0) -> Iterator[None]:
     """Context in which every problem that ``matmul`` meets and no table has is tuned, for ``budget_s`` seconds in all.
@@ -194,7 +224,7 @@ def _is_torch(candidate: _Candidate) -> bool:
 class _Inputs:
     """Random x, copies of a random weight, and the oracle of some columns."""
 
-    def __init__(self, problem: Problem, device: Device) -> None:
+    def __init__(self, problem: Problem, device: Device, copies: int | None = None) -> None:
         place = device.place
         generator = torch.Generator(device=place).manual_seed(problem.m * 31 + problem.n * 7 + problem.k)
         self.problem, self.device = problem, device
@@ -205,8 +235,8 @@ class _Inputs:
         self.bias = torch.randn(problem.n, device=place, generator=generator).to(dtype) if problem.bias else None
         first = quantize(dense, str(problem.weight), layout=problem.layout)
         del dense
-        count = copies_needed(device, problem.weight_bytes)
-        self.weights = [first, *(_clone(first) for _ in range(count - 1))]
+        count = copies or copies_needed(device, problem.weight_bytes)
+        self.weights = [first, *(first.copy() for _ in range(count - 1))]
         self._oracle(first, generator)
 
     def _oracle(self, weight: Weight, generator: torch.Generator) -> None:
@@ -242,12 +272,6 @@ class _Inputs:
         if not (worst <= 2 * self.torch_error[0] + ulp and rms <= 2 * self.torch_error[1] + ulp / 2):
             return f"its error is {worst:.2g} (RMS {rms:.2g}); torch's own is {self.torch_error[0]:.2g}"
         return None
-
-
-def _clone(weight: Weight) -> Weight:
-    parts = [None if t is None else t.clone() for t in (weight.data, weight.scale, weight.zero)]
-    assert parts[0] is not None
-    return Weight(weight.format, parts[0], parts[1], parts[2], k=weight.k, layout=weight.layout)
 
 
 def _compile(candidates: Iterable[_Candidate], inputs: _Inputs) -> None:

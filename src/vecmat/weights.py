@@ -144,6 +144,12 @@ class Weight:
         assert moved[0] is not None
         return Weight(self.format, moved[0], moved[1], moved[2], k=self.k, layout=self.layout)
 
+    def copy(self) -> Weight:
+        """The same weight in tensors of its own."""
+        parts = [None if t is None else t.clone() for t in (self.data, self.scale, self.zero)]
+        assert parts[0] is not None
+        return Weight(self.format, parts[0], parts[1], parts[2], k=self.k, layout=self.layout)
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight as an ordinary matrix of ``dtype``, shape ``self.shape``; exact before the cast to ``dtype``."""
         if self.format.dense:
