@@ -25,9 +25,9 @@ LEVELS = {
     "errors": 0, "settings": 0, "device": 0, "deepspeed_config": 0.5,
     "problem": 1, "weights": 1.5,
     "kernels.base": 2, "kernels._triton": 2.1, "kernels": 2.9, "table": 2, "tables": 2.1, "bench": 2,
-    "tuner": 3, "dispatch": 4, "ops": 5,
+    "workloads": 2, "tuner": 3, "dispatch": 4, "ops": 5, "measure": 5,
     "models": 6, "nn": 6, "deepspeed": 6, "doctor": 6, "compare": 6.5, "transformers": 6.5,
-    "__init__": 7, "cli": 8, "__main__": 9,
+    "__init__": 7, "cli_tuning": 7.5, "cli": 8, "__main__": 9,
 }  # fmt: skip
 KERNEL = 2.5
 
