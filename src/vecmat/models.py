@@ -96,7 +96,11 @@ def quiet(advance: Advance) -> Iterator[None]:
 
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
-    hook = logging.set_tqdm_hook(lambda factory, args, kwargs: _counted(*args, advance=advance, **kwargs))
+
+    def bar(factory: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return _counted(args[0], advance=advance) if args else factory(**{**kwargs, "disable": True})
+
+    hook = logging.set_tqdm_hook(bar)
     try:
         yield
     finally:
