@@ -252,6 +252,7 @@ def test_model_errors(tmp_path: Path, llama: str, capsys: pytest.CaptureFixture[
     assert "has no config.json" in error_of(capsys, str(tmp_path))
     (tmp_path / "model.bin").write_bytes(b"x")
     assert "does not end in .gguf" in error_of(capsys, str(tmp_path / "model.bin"))
+    pytest.importorskip("gguf")
     (tmp_path / "text.gguf").write_text("not a model")
     assert "is no GGUF file" in error_of(capsys, str(tmp_path / "text.gguf"))
     (tmp_path / "cut.gguf").write_bytes(b"GGUF\x03\x00")

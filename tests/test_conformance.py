@@ -258,6 +258,28 @@ def test_weight_and_bias_may_have_any_strides_and_offset(kernel: str, device: st
 
 @pytest.mark.parametrize("kernel", KERNELS)
 @torch.inference_mode()
+def test_scales_may_be_any_number_and_negative(kernel: str, device: str) -> None:
+    """``quantize`` makes scales on bf16's grid, a stored weight need not have such: here they lie between its points."""
+    failures = []
+    for fmt, x_name, compute in accepted_formats(kernel, device):
+        if fmt in DENSE:
+            continue
+        a, w, bias = (t.to(device, DTYPES[x_name]) for t in numbers("plain", 17, 64, 256, x_name, fmt))
+        made = vecmat.quantize(w.float(), fmt)
+        sign = torch.where(torch.arange(64, device=device) % 3 == 0, -1.0, 1.0)[:, None]
+        weight = vecmat.Weight(made.format, made.data, made.scale * (1 + 2.0**-9) * sign, made.zero, k=made.k)
+        for m in (1, 17):
+            if refuses(kernel, a[:m], weight, bias, compute=compute):
+                continue
+            y = vecmat.matmul(a[:m], weight, bias, kernel=kernel, compute=compute)
+            wrong = Truth.of(a[:m], weight, bias, compute=compute).verdict(y)
+            if wrong:
+                failures.append(f"m={m} x={x_name} w={fmt} {compute}: {wrong}")
+    report(failures)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@torch.inference_mode()
 def test_out_dtype_rounds_once_to_the_dtype_asked_for(kernel: str, device: str) -> None:
     failures = []
     for fmt, x_name, compute in accepted_formats(kernel, device):

@@ -229,9 +229,9 @@ def test_a_table_file_can_be_used_for_a_block_of_code(tmp_path: Path) -> None:
     with tables.use(file):
         assert choose(PROBLEM, HERE).decided_by == f"overlay: {file}"
     file.write_text("nothing")
-    with pytest.raises(ValueError, match=r"tables.use: .*mine.json: it is not JSON"):
+    with pytest.raises(ValueError, match=r"table .*mine.json cannot be used: it is not JSON"):
         tables.use(file)
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(ValueError, match=r"none.json cannot be read"):
         tables.use(tmp_path / "none.json")
 
 

@@ -12,6 +12,7 @@ import importlib.util
 from typing import TYPE_CHECKING, Any
 
 from . import tables
+from ._version import VERSION
 from .errors import NoKernelError, TableMissError, VecmatWarning
 from .nn import Linear, convert
 from .ops import explain, matmul
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
     HAS_TRITON: bool
 
-__version__ = "0.1.0"
+__version__ = VERSION
 __all__ = [
     "HAS_TRITON",
     "BaseOp",

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from . import table
+from ._version import VERSION
 from .device import Device
 from .dispatch import candidates, choose
 from .problem import Format, Problem
@@ -47,8 +48,8 @@ def no_gpu() -> str | None:
 
 def versions() -> dict[str, str | None]:
     """The version of each package that matters, None for one that is not installed."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    for package in ("vecmat", "torch", "triton", "transformers"):
+    found: dict[str, str | None] = {"python": platform.python_version(), "vecmat": VERSION}
+    for package in ("torch", "triton", "transformers"):
         found[package] = None
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[package] = metadata.version(package)

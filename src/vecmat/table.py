@@ -30,6 +30,7 @@ import filelock
 import platformdirs
 import torch
 
+from ._version import VERSION
 from .errors import VecmatWarning
 from .settings import forget_plans, settings
 
@@ -114,10 +115,9 @@ def versions() -> dict[str, str]:
     """The versions a row depends on."""
     from importlib import metadata
 
-    found = {"torch": torch.__version__.split("+")[0]}
-    for package in ("vecmat", "triton"):
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found[package] = metadata.version(package)
+    found = {"vecmat": VERSION, "torch": torch.__version__.split("+")[0]}
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        found["triton"] = metadata.version("triton")
     if torch.version.cuda:
         found["cuda"] = torch.version.cuda
     return found

@@ -348,7 +348,8 @@ def quantize_rows(x: Tensor, compute: str) -> tuple[Tensor, Tensor]:
     q = (x / scale).nan_to_num_(0.0, 0.0, 0.0).clamp_(-top, top)
     scale = torch.where(torch.isfinite(scale), scale, torch.full_like(scale, torch.nan))
     q = q.round_().to(torch.int8) if compute == "int8" else q.to(torch.float8_e4m3fn)
-    return q.contiguous(), scale.contiguous()  # torch's products want rows, whatever x's strides were
+    # torch's products want rows one after another, whatever x's strides were, and look at a single row's stride too
+    return q.reshape(-1).view(x.shape), scale.reshape(-1).view(-1, 1)
 
 
 def dense_format(dtype: torch.dtype) -> Format:

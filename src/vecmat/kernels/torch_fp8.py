@@ -50,7 +50,8 @@ class TorchFp8(Kernel):
         def run(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
             assert weight.scale is not None
             q, row_scale = quantize_rows(flat(x), "fp8")
-            y: Any = torch._scaled_mm(q, weight.data.t(), row_scale, weight.scale.t(), out_dtype=out)
+            data, scale = weight.data.contiguous(), weight.scale.reshape(1, -1).contiguous()
+            y: Any = torch._scaled_mm(q, data.t(), row_scale, scale, out_dtype=out)
             return finish(y, x, bias)
 
         return run

@@ -98,8 +98,16 @@ class TritonDense(Kernel):
         def fills(block_m: int, block_n: int) -> bool:
             return -(-m // block_m) * -(-n // block_n) >= 0.8 * device.units
 
-        if m <= 32:
-            wanted = (32, 128, 64, 4, 5) if m > 16 and fills(32, 128) else (16, 64, 256, 4, 4)
+        columns = -(-n // 64)
+        if m <= 16 and columns > 4 * device.units:
+            wanted = (16, 128, 128, 4, 4)
+        elif m <= 16 and problem.k <= 1536:
+            wanted = (16, 32, 128, 4, 6)
+        elif m <= 16 or (m <= 32 and 2 * columns <= device.units):
+            # the deepest step; a (K, N) weight is turned around in registers, which then last for half of it
+            wanted = (16, 64, 256, 4, 4) if problem.layout == "nk" else (16, 64, 128, 4, 5)
+        elif m <= 32:
+            wanted = (32, 128, 64, 4, 5) if fills(32, 128) else (32, 64, 128, 4, 4)
         elif m <= 64:
             wanted = (64, 128, 64, 4, 5) if fills(64, 128) else (64, 32, 128, 4, 4)
         elif m <= 1024:

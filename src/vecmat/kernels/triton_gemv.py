@@ -67,7 +67,7 @@ class TritonGemv(Kernel):
 
     def default_config(self, problem: Problem, device: Device) -> Config:
         # The best on an H200 (docs/measured.md); masks, where K is no multiple, need registers of their own.
-        block_k = 2048 if problem.k % 2048 == 0 else 1024 if problem.k % 1024 == 0 else 512
+        block_k = 2048 if problem.k >= 2048 else 1024 if problem.k > 512 else 512
         return {"BLOCK_N": 2048 // block_k, "BLOCK_K": block_k, "UNROLL": 1, "num_warps": 4}
 
     def estimate_us(self, problem: Problem, device: Device, config: Config) -> float:
