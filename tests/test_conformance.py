@@ -259,7 +259,7 @@ def test_weight_and_bias_may_have_any_strides_and_offset(kernel: str, device: st
 @pytest.mark.parametrize("kernel", KERNELS)
 @torch.inference_mode()
 def test_scales_may_be_any_number_and_negative(kernel: str, device: str) -> None:
-    """``quantize`` makes scales on bf16's grid, a stored weight need not have such: here they lie between its points."""
+    """``quantize`` makes scales on bf16's grid; those of a stored weight may lie anywhere, here between its points."""
     failures = []
     for fmt, x_name, compute in accepted_formats(kernel, device):
         if fmt in DENSE:
