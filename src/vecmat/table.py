@@ -8,17 +8,21 @@ One JSON file per device, under the device's exact name, a row a line:
      }}
 
 Reading never executes anything and never raises: what cannot be used is ignored with one warning that names the file
-and the cure. Writing merges under a lock and replaces the file in one step; a file that is corrupt is set aside.
+and the cure. Writing merges under a lock and replaces the file in one step; a file that is corrupt is set aside, one
+that cannot be read just now is left alone.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import functools
 import json
+import math
 import os
 import re
+import stat
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
@@ -35,7 +39,8 @@ from .errors import VecmatWarning
 from .settings import forget_plans, settings
 
 SCHEMA = 1
-_LOCK_TIMEOUT_S = 5.0
+_LOCK_TIMEOUT_S = 10.0
+_LOCK_POLL_S = 0.01  # at filelock's own 0.05 s, one of eight busy writers can find the lock taken for seconds on end
 _MOST_BYTES = 64 << 20
 _REMEMBERED: dict[str, dict[str, Row]] = {}
 
@@ -44,7 +49,8 @@ _REMEMBERED: dict[str, dict[str, Row]] = {}
 class Row:
     """One decision. us, torch_us: median microseconds of the winner and of torch's own path, None if not timed.
 
-    tried, failed: how many candidates were tried, and how many of them could not run or were wrong.
+    tried, failed: how many candidates were tried, and how many of them could not run or were wrong. stale: measured
+    with other versions than those of the table it is in, which was written again since.
     """
 
     kernel: str
@@ -54,6 +60,7 @@ class Row:
     torch_us: float | None = None
     tried: int = 0
     failed: int = 0
+    stale: bool = False
 
     @staticmethod
     def read(value: Any) -> Row | None:
@@ -66,21 +73,35 @@ class Row:
             and type(value.get("kernel_version")) is int
             and isinstance(config, dict)
             and all(isinstance(v, (int, str, bool)) for v in config.values())
-            and all(isinstance(value.get(name), (int, float, type(None))) for name in ("us", "torch_us"))
+            and all(_is_time(value.get(name)) for name in ("us", "torch_us"))
             and all(type(value.get(name, 0)) is int for name in ("tried", "failed"))
+            and type(value.get("stale", False)) is bool
         )
         names = {field.name for field in dataclasses.fields(Row)}
         return Row(**{name: v for name, v in value.items() if name in names}) if good else None
 
 
+def _is_time(value: Any) -> bool:
+    """Whether a parsed JSON value is microseconds or None; NaN and infinity, which Python's JSON knows, are neither."""
+    return (
+        value is None
+        or (type(value) is int and 0 <= value < 1 << 53)
+        or (type(value) is float and 0 <= value < math.inf)
+    )
+
+
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class Table:
-    """Rows by problem key for one device. source: where they came from, for ``explain``. stale: other versions."""
+    """Rows by problem key for one device. source: where they came from, for ``explain``. stale: other versions.
+
+    unusable: how many rows of the file had wrong types.
+    """
 
     device: str
     rows: Mapping[str, Row]
     source: str
     stale: bool = False
+    unusable: int = 0
 
     def find(self, device: str, key: str) -> Row | None:
         """The row of a problem, None if there is none or the table is another device's."""
@@ -123,26 +144,48 @@ def versions() -> dict[str, str]:
     return found
 
 
-def load(file: Path, device_name: str) -> Table | None:
-    """The table in ``file``, or None (with a warning unless the file is simply absent) if it cannot be used."""
+def load(file: Path, device_name: str, *, quiet: bool = False) -> Table | None:
+    """The table in ``file``, or None if it cannot be used: with a warning, unless it is simply absent or quiet."""
     try:
-        if file.stat().st_size > _MOST_BYTES:
-            _warn(f"table {file} is larger than {_MOST_BYTES >> 20} MiB and ignored; delete it or export what you need")
-            return None
-        text = file.read_text(encoding="utf-8")
-    except FileNotFoundError:
+        found = _read(file, device_name)
+    except OSError as error:
+        found = f"cannot be read and is ignored ({_why(error)}); delete it or fix its permissions"
+    if isinstance(found, str) and not quiet:
+        _warn(f"table {file} {found}")
+    if not isinstance(found, Table):
         return None
-    except (OSError, UnicodeDecodeError) as error:
-        _warn(f"table {file} cannot be read and is ignored ({error}); delete it or fix its permissions")
+    if found.unusable and not quiet:
+        _warn(f"table {file}: {found.unusable} rows have wrong types and are ignored; delete it, or tune them again")
+    return found
+
+
+def _read(file: Path, device_name: str) -> Table | str | None:
+    """The Table in ``file``, None if the file is absent, or what is wrong with its content, and the cure.
+
+    Raises ``OSError`` where the file cannot be read, which says nothing about its content.
+    """
+    try:
+        about = file.stat()
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    table = _parse(text, str(file))
+    if not stat.S_ISREG(about.st_mode):  # a pipe or a device would be read without end
+        return "is no regular file and ignored; delete it, or set VECMAT_CACHE_DIR to another folder"
+    if about.st_size > _MOST_BYTES:
+        return f"is larger than {_MOST_BYTES >> 20} MiB and ignored; delete it or export what you need"
+    try:
+        table = _parse(file.read_bytes().decode("utf-8"), str(file))
+    except UnicodeDecodeError as error:
+        table = f"it cannot be read as text ({error})"
     if isinstance(table, str):
-        _warn(f"table {file} is ignored: {table}; delete it, or restore it from a backup")
-        return None
+        return f"is ignored: {table}; delete it, or restore it from a backup"
     if table.device != device_name:
-        _warn(f"table {file} is for {table.device!r}, not {device_name!r}, and is ignored; delete or rename it")
-        return None
+        return f"is for {table.device!r}, not {device_name!r}, and is ignored; delete or rename it"
     return table
+
+
+def _why(error: Exception) -> str:
+    """What an error says without the name of the file, which may be a temporary one and differ each time."""
+    return (isinstance(error, OSError) and error.strerror) or str(error)
 
 
 def _parse(text: str, source: str) -> Table | str:
@@ -158,25 +201,26 @@ def _parse(text: str, source: str) -> Table | str:
     if not isinstance(content.get("device"), str):
         return "it names no device"
     rows = {key: row for key, value in content["rows"].items() if (row := Row.read(value)) is not None}
-    if len(rows) < len(content["rows"]):
-        _warn(f"table {source}: {len(content['rows']) - len(rows)} rows have wrong types and are ignored")
-    return Table(content["device"], rows, source, stale=content.get("versions") != versions())
+    unusable = len(content["rows"]) - len(rows)
+    return Table(content["device"], rows, source, stale=content.get("versions") != versions(), unusable=unusable)
 
 
 def save(device_name: str, rows: Mapping[str, Row], file: Path | None = None) -> bool:
     """Whether ``rows`` are now in the user's table, merged with what was there.
 
     Under a lock: read again, merge, write a file beside it, replace. A read-only home, a full disk or a lock that
-    cannot be had gives one warning and False; the rows that were there stay.
+    cannot be had gives one warning and False; the rows that were there stay. What writers that were killed left
+    beside the table is removed.
     """
     file = path(device_name) if file is None else file
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(f"{file}.lock", timeout=_LOCK_TIMEOUT_S):
+        with filelock.FileLock(f"{file}.lock", timeout=_LOCK_TIMEOUT_S, poll_interval=_LOCK_POLL_S):
+            _remove_leftovers(file)
             merged = {**_rows_on_disk(file, device_name), **rows}
-            _replace(file, _text(device_name, merged))
-    except (OSError, filelock.Timeout) as error:
-        _warn(f"table {file} could not be written ({error}); set VECMAT_CACHE_DIR to a folder that can")
+            _replace(file, _text(device_name, merged), ".tmp")
+    except (OSError, NotImplementedError) as error:  # the latter: an old filelock on a file system without locks
+        _warn(f"table {file} could not be written ({_why(error)}); set VECMAT_CACHE_DIR to a folder that can")
         return False
     user_table.cache_clear()
     forget_plans()
@@ -185,7 +229,7 @@ def save(device_name: str, rows: Mapping[str, Row], file: Path | None = None) ->
 
 def write(file: Path, device_name: str, rows: Mapping[str, Row]) -> None:
     """Write a table file of these rows alone, in one step. Raises ``OSError`` where it cannot."""
-    _replace(file, _text(device_name, rows))
+    _replace(file, _text(device_name, rows), ".new")
 
 
 def read(file: Path) -> Table:
@@ -200,15 +244,40 @@ def read(file: Path) -> Table:
 
 
 def _rows_on_disk(file: Path, device_name: str) -> Mapping[str, Row]:
-    if not file.exists():
-        return {}
-    table = load(file, device_name)
-    if table is None:
-        aside = file.with_suffix(f".{os.getpid()}.corrupt")
+    """The rows to merge with; a file whose content cannot be used is set aside. Raises ``OSError`` if it is unread."""
+    table = _read(file, device_name) if not _is_loop(file) else None
+    if isinstance(table, str):
+        handle, aside = tempfile.mkstemp(dir=file.parent, prefix=f"{file.stem}.", suffix=".corrupt")
+        os.close(handle)
+        if file.is_dir():
+            os.unlink(aside)  # a folder replaces no file
         os.replace(file, aside)
-        _warn(f"table {file} could not be merged and was set aside as {aside.name}")
+        _warn(f"table {file} could not be merged and was set aside as {Path(aside).name}: it {table.partition(';')[0]}")
+    if not isinstance(table, Table):
         return {}
+    if table.unusable:
+        _warn(f"table {file}: {table.unusable} rows have wrong types and are left out of what is written now")
+    if table.stale:  # what is written now names these versions
+        return {key: dataclasses.replace(row, stale=True) for key, row in table.rows.items()}
     return table.rows
+
+
+def _is_loop(file: Path) -> bool:
+    """Whether a path is a symbolic link that leads nowhere but to itself; such a file holds no rows."""
+    try:
+        file.stat()
+    except OSError as error:
+        return error.errno == errno.ELOOP
+    return False
+
+
+def _remove_leftovers(file: Path) -> None:
+    """Delete the temporary files of writers that were killed; under the lock, as no other writer is at work then."""
+    ours = re.compile(re.escape(file.name) + r"\.[a-z0-9_]{8}\.tmp")
+    for left in os.scandir(file.parent):
+        if ours.fullmatch(left.name):
+            with contextlib.suppress(OSError):
+                os.unlink(left.path)
 
 
 def _text(device_name: str, rows: Mapping[str, Row]) -> str:
@@ -219,11 +288,13 @@ def _text(device_name: str, rows: Mapping[str, Row]) -> str:
 
 def _plain(row: Row) -> dict[str, Any]:
     value = {field.name: getattr(row, field.name) for field in dataclasses.fields(row)}
+    if not row.stale:
+        del value["stale"]
     return {**value, "config": dict(row.config)}
 
 
-def _replace(file: Path, text: str) -> None:
-    handle, name = tempfile.mkstemp(dir=file.parent, prefix=f"{file.name}.", suffix=".tmp")
+def _replace(file: Path, text: str, suffix: str) -> None:
+    handle, name = tempfile.mkstemp(dir=file.parent, prefix=f"{file.name}.", suffix=suffix)
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as out:
             out.write(text)
@@ -267,12 +338,22 @@ def ladder(device_name: str) -> Iterator[tuple[str, Table]]:
         yield "overlay", overlay
     user = user_table(device_name, path(device_name))
     if user is not None:
-        yield "your table", user
+        yield from (("your table", part) for part in _by_age(user))
     if device_name in _REMEMBERED:
         yield "tuned by this process", Table(device_name, _REMEMBERED[device_name], "not saved")
     shipped = shipped_table(device_name)
     if shipped is not None:
         yield "shipped table", shipped
+
+
+@functools.lru_cache(maxsize=64)
+def _by_age(table: Table) -> tuple[Table, ...]:
+    """The table's rows of its own versions, and those that it kept from other ones."""
+    old = {key: row for key, row in table.rows.items() if row.stale}
+    if table.stale or not old:
+        return (table,)
+    fresh = {key: row for key, row in table.rows.items() if not row.stale}
+    return dataclasses.replace(table, rows=fresh), dataclasses.replace(table, rows=old, stale=True)
 
 
 def use(source: str | os.PathLike[str] | Mapping[str, Row], *, device: str | None = None) -> settings:
