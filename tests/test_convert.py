@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 
 import pytest
@@ -226,3 +227,21 @@ def test_inductor_agrees_with_eager() -> None:
     x = torch.randn(3, 64, generator=generator("inductor"))
     torch._dynamo.reset()
     torch.testing.assert_close(torch.compile(model)(x), model(x), rtol=1e-3, atol=1e-3)
+
+
+def test_hooks_go_over_and_a_forward_of_the_objects_own_is_left_to_torch() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 64))
+    seen: list[str] = []
+    model[0].register_forward_hook(lambda module, args, y: seen.append(type(module).__name__))
+    model[1].forward = functools.partial(torch.nn.Linear.forward, model[1])
+    vecmat.convert(model, "int8")
+    assert isinstance(model[0], vecmat.Linear)
+    assert type(model[1]) is torch.nn.Linear
+    model(torch.zeros(1, 64))
+    assert seen == ["Linear"]
+
+
+def test_a_quantised_layers_bias_is_frozen_so_that_every_kernel_may_run_with_gradients_on() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64))
+    vecmat.convert(model, "int8")
+    assert not model(torch.zeros(1, 64)).requires_grad

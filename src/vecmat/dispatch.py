@@ -168,7 +168,7 @@ def first_run(plan: Plan, key: Any, x: Tensor, weight: Any, bias: Tensor | None,
                 f"kernel {failed.kernel.name} is set aside for {plan.problem.key()} on {plan.device.name}, {why}; "
                 f"{plan.kernel.name} takes its place",
                 VecmatWarning,
-                stacklevel=3,  # matmul's caller
+                stacklevel=4,  # matmul's caller
             )
             continue
         memo = scope().plans

@@ -10,11 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .ops import check_compute, matmul
+from .ops import check_compute, matmul_stored
 from .problem import DTYPE_NAMES, Format, Layout
 from .weights import Weight, check_layout, quantize, resolve_format
 
 _PARTS = {"data": "weight", "scale": "weight_scale", "zero": "weight_zero"}
+
+_HOOKS = (
+    "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called",
+    "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs",
+)  # fmt: skip
 
 
 class Linear(nn.Module):
@@ -98,22 +103,30 @@ class Linear(nn.Module):
     def stored(self) -> Weight:
         """The layer's Weight; it shares the layer's tensors."""
         weight = self._weight
-        if weight is not None:  # unless a tensor was assigned since: tied, loaded, swapped by torch.func
-            held: dict[str, Any] = self._parameters if weight.scale is None else self._buffers
-            if (
-                weight.data is held.get("weight")
-                and weight.scale is held.get("weight_scale")
-                and weight.zero is held.get("weight_zero")
-            ):
-                return weight
+        if weight is not None and self._holds(weight):
+            return weight
         parts: dict[str, Any] = {part: getattr(self, name, None) for part, name in _PARTS.items()}
         self._follow_dtype()
         self._weight = Weight(self.format, **parts, k=self.in_features, layout=self.layout)
         return self._weight
 
+    def _holds(self, weight: Weight) -> bool:
+        """Whether a Weight's tensors are still the layer's: they may be tied, loaded or swapped by torch.func."""
+        if weight.scale is None:
+            return weight.data is self._parameters.get("weight")
+        held: dict[str, Any] = self._buffers
+        return (
+            weight.data is held.get("weight")
+            and weight.scale is held.get("weight_scale")
+            and weight.zero is held.get("weight_zero")
+        )
+
     def forward(self, x: Tensor) -> Tensor:
         """y (..., N) for x (..., K)."""
-        return matmul(x, self.stored(), self.bias, compute=self.compute)
+        weight = self._weight
+        if weight is None or not self._holds(weight):
+            weight = self.stored()
+        return matmul_stored(x, weight, self._parameters["bias"], self.compute)
 
     def _follow_dtype(self) -> None:
         """A dense layer's format is its weight's dtype, which ``.to(dtype)`` and loading may change."""
@@ -178,7 +191,7 @@ class Linear(nn.Module):
 def _layout_of(module: nn.Module) -> Layout | None:
     """How a linear module's weight lies; None for a module that is not one, or that computes something else."""
     if isinstance(module, nn.Linear):
-        plain = type(module).forward is nn.Linear.forward
+        plain = type(module).forward is nn.Linear.forward and "forward" not in vars(module)
         # MultiheadAttention reads its out_proj's weight itself, past any forward.
         return "nk" if plain and not isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear) else None
     if type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers."):
@@ -211,6 +224,10 @@ def convert(
     weights, group_size, symmetric, compute: as for ``vecmat.Linear``; int4 without a group_size takes, layer by
     layer, the largest that divides K. skip: names of layers to leave to torch: a qualified name, a last component
     ("lm_head") or a pattern ("*.mlp.*").
+
+    Hooks of a layer go over to its successor. The bias of a quantised layer is frozen: a gradient for it would keep
+    all kernels but torch's own from running wherever gradients are on. A layer whose ``forward`` was replaced on the
+    object itself (as ``accelerate`` does to place a model on several devices) is left to torch.
 
     A weight that another module shares (a tied embedding) stays one tensor: its layer keeps the dense weight and
     still computes through ``vecmat``. untie=True gives that layer its own quantised copy instead: faster, at the
@@ -247,6 +264,10 @@ def convert(
                 symmetric=symmetric,
                 compute=None if tied else compute,
             )
+            for hooks in _HOOKS:
+                getattr(made, hooks).update(getattr(linear, hooks))
+            if not made.format.dense and made.bias is not None:
+                made.bias.requires_grad_(False)
         parent, _, last = name.rpartition(".")
         setattr(model.get_submodule(parent), last, made)
         layers[name] = made  # drop the old layer's weight before the next one is quantised

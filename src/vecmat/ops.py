@@ -38,9 +38,10 @@ def matmul(
     and no other. compute: None keeps x as it is; "int8" (int8 weights) or "fp8" (fp8 weights) quantises each row of
     x on the fly, which changes the numbers and is therefore never chosen for you.
 
-    Returns y (..., N), freshly allocated. Sums are in fp32 at least and rounded once; the same call gives the same
-    bits. Raises ``ValueError`` or ``TypeError`` naming the argument for shapes, dtypes, devices or options that do
-    not fit, and ``ValueError`` if the named kernel cannot run the problem.
+    Returns y (..., N), freshly allocated. Sums are in fp32 at least and rounded once (torch's own int8 and
+    int4 products round before the bias is added); the same call gives the same bits. Raises ``ValueError`` or
+    ``TypeError`` naming the argument for shapes, dtypes, devices or options that do not fit, and ``ValueError`` if
+    the named kernel cannot run the problem.
     """
     if is_compiling():
         return _traced(x, weight, bias, layout, out_dtype, kernel, compute)
@@ -62,6 +63,35 @@ def matmul(
         plan = key = None
     if plan is not None:
         return plan.run(x, plan.operand(weight) if stored else weight, bias)  # type: ignore[no-any-return]
+    return _first(x, weight, bias, key, layout=layout, out_dtype=out_dtype, kernel=kernel, compute=compute)
+
+
+def matmul_stored(x: Tensor, weight: Weight, bias: Tensor | None, compute: str | None) -> Tensor:
+    """``matmul`` of a Weight with no other options: the same, by a shorter key (it is what ``nn.Linear`` calls).
+
+    In a model every layer's weight drives Python's own data out of the cache, so each step here costs several times
+    what a loop over one small layer shows (docs/measured.md).
+    """
+    if is_compiling():
+        return _traced(x, weight, bias, "nk", None, None, compute)
+    grad = is_grad_enabled() and (
+        x.requires_grad or weight.data.requires_grad or (bias is not None and bias.requires_grad)
+    )
+    key = (
+        x.shape, x.dtype, x.device, weight.signature, grad, compute, get_num_threads(),
+        None if bias is None else (bias.shape, bias.dtype, bias.device),
+    )  # fmt: skip
+    plan = scope().plans.get(key)
+    if plan is not None:
+        return plan.run(x, plan.operand(weight), bias)  # type: ignore[no-any-return]
+    return _first(x, weight, bias, key, compute=compute)
+
+
+def _first(
+    x: Tensor, weight: Tensor | Weight, bias: Tensor | None, key: Any, *, layout: Layout = "nk",
+    out_dtype: torch.dtype | None = None, kernel: str | None = None, compute: str | None = None,
+) -> Tensor:  # fmt: skip
+    """The first call of a problem: checked, chosen, run, and memoised under ``key``."""
     problem, device = bind_problem(x, weight, bias, layout=layout, out_dtype=out_dtype, compute=compute)
     if 0 in (problem.m, problem.n, problem.k):
         if kernel is not None:  # a name that is wrong is refused here, too

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..device import Device
 from ..problem import DTYPES, Problem
 from ..weights import Weight, quantize_rows
-from .base import Config, Kernel, Run, finish, flat, time_us
+from .base import Config, Kernel, Run, aligned, finish, flat, time_us
 
 
 class TorchFp8(Kernel):
@@ -50,7 +50,7 @@ class TorchFp8(Kernel):
         def run(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
             assert weight.scale is not None
             q, row_scale = quantize_rows(flat(x), "fp8")
-            data, scale = weight.data.contiguous(), weight.scale.reshape(1, -1).contiguous()
+            data, scale = aligned(weight.data), aligned(weight.scale.reshape(1, -1))
             y: Any = torch._scaled_mm(q, data.t(), row_scale, scale, out_dtype=out)
             return finish(y, x, bias)
 

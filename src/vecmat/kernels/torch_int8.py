@@ -93,9 +93,12 @@ class TorchInt8(Kernel):
 
             return run_int_mm
 
+        k = problem.k
+
         def run(x: Tensor, operand: Any, bias: Tensor | None) -> Tensor:
             data, scale, rest, _ = operand
-            y = torch._weight_int8pack_mm(aligned(flat(x)), data, scale)
+            rows = x if x.dim() == 2 else x.reshape(-1, k)
+            y = torch._weight_int8pack_mm(aligned(rows), data, scale)
             if rest is not None:
                 y = y.mul_(rest)
             return finish(y, x, bias)
