@@ -39,7 +39,7 @@ from pathlib import Path
 from vecmat import table, tables
 
 warnings.simplefilter("error")
-file, rounds = tables.path("d"), int(sys.argv[1])
+file, rounds, parent = tables.path("d"), int(sys.argv[1]), os.getpid()
 row = tables.Row(kernel="fallback", kernel_version=1, config={"widen": True}, us=1.0)
 
 def child(act, *arguments):
@@ -54,12 +54,14 @@ def child(act, *arguments):
 
 def write(name):
     for i in range(100_000):
+        if os.getppid() != parent:
+            return
         if tables.save("d", {f"{name} row {i}": row}):
             os.write(1, f"saved {name} row {i}\\n".encode())
 
 def read():
     most = 0
-    while True:
+    while os.getppid() == parent:
         loaded = tables.load(file, "d")
         assert loaded is not None, "the table is gone"
         assert len(loaded.rows) >= most, f"{most} rows became {len(loaded.rows)}"

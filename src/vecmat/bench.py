@@ -103,7 +103,8 @@ class Roof:
 def read_probe(device: Device) -> tuple[Sampler, int]:
     """A sampler of a read-only stream (the sum of a large tensor), and the bytes it reads a call."""
     size = (2 << 30) if device.is_gpu else min(max(8 * device.l2_bytes, 128 << 20), 512 << 20)
-    stream = torch.rand(size // 4, device=device.place)
+    generator = torch.Generator(device.place).manual_seed(0)  # the caller's random numbers stay as they are
+    stream = torch.rand(size // 4, device=device.place, generator=generator, dtype=torch.float32)
     return Sampler(device, [lambda: torch.sum(stream)]), stream.nbytes
 
 

@@ -139,13 +139,17 @@ def _model_shapes(model: str) -> list[tuple[int, int]]:
     return list(dict.fromkeys((layer.out_features, layer.in_features) for layer in converted))
 
 
-def _present(device: Device, command: str) -> None:
+def _is_here(device: Device) -> bool:
     import torch
 
     from .device import Device
 
     here = device.kind == "cpu" or torch.cuda.is_available()
-    if not here or Device.of(device.place).name != device.name:
+    return here and Device.of(device.place).name == device.name
+
+
+def _present(device: Device, command: str) -> None:
+    if not _is_here(device):
         raise ValueError(f"{command}: {device.name} is not here; it can be timed only where it is")
 
 
@@ -175,7 +179,9 @@ def _tune(args: argparse.Namespace, device: Device) -> None:
     results: list[Tuned] = []
     stopped = ""
     try:
-        with _bar(len(todo)) as advance:
+        with _bar(len(todo)) as advance, tuner.alone(device, args.budget if todo else 0.0) as free:
+            if todo and not free:
+                raise ValueError("tune: another process is tuning this device; wait for it, or give a longer --budget")
             for done, problem in enumerate(todo):
                 if time.monotonic() - began > args.budget:
                     stopped = f"; the budget of {args.budget:g} s is spent, {len(todo) - done} are left"
@@ -183,9 +189,9 @@ def _tune(args: argparse.Namespace, device: Device) -> None:
                 advance(done, problem.key())
                 tuned = tuner.tune(problem, device, deadline=began + args.budget)
                 if tuned is not None:
-                    results.append(tuned)
                     if not table.save(device.name, {problem.key(): tuned.row}):
                         raise ValueError("tune: nothing can be saved, so nothing more is tuned")
+                    results.append(tuned)  # only what is saved is told
     except KeyboardInterrupt:
         stopped = f"; interrupted, {len(todo) - len(results)} are left"
     for tuned in results:
@@ -213,6 +219,8 @@ def _bench(args: argparse.Namespace, device: Device) -> None:
     _present(device, "bench")
     problems = _problems(args)
     peers = [peer for peer in args.peers.split(",") if peer]
+    if args.plot:
+        measure.figure_class()  # before minutes of measuring
     results = []
     with _bar(len(problems)) as advance:
         for done, problem in enumerate(problems):
@@ -224,11 +232,19 @@ def _bench(args: argparse.Namespace, device: Device) -> None:
     else:
         _print_bench(results, peers, device)
     if args.json and args.json != "-":
-        Path(args.json).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+        _write(args, args.json, lambda file: file.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8"))
     if args.append:
-        measure.append_csv(Path(args.append), rows)
+        _write(args, args.append, lambda file: measure.append_csv(file, rows))
     if args.plot:
-        measure.plot(Path(args.plot), results, device)
+        _write(args, args.plot, lambda file: measure.plot(file, results, device))
+
+
+def _write(args: argparse.Namespace, name: str, write: Callable[[Path], object]) -> None:
+    """Write a file that the command line names; raises ``ValueError`` where that cannot be done."""
+    try:
+        write(Path(name))
+    except OSError as error:
+        raise ValueError(f"{args.command}: {name} cannot be written: {error.strerror or error}") from error
 
 
 def _print_bench(results: Sequence[Any], peers: Sequence[str], device: Device) -> None:
@@ -310,7 +326,7 @@ def _export(args: argparse.Namespace, device: Device) -> None:
     rows = {key: row for key, (_, row) in _rows(device).items()}
     if not rows:
         raise ValueError(f"table export: there are no rows for {device.name}")
-    table.write(Path(args.file), device.name, rows)
+    _write(args, args.file, lambda file: table.write(file, device.name, rows))
     print(f"{len(rows)} rows for {device.name} in {args.file}")
 
 
@@ -338,7 +354,7 @@ def _merge(args: argparse.Namespace, device: Device) -> None:
             have = rows.get(key)
             if have is None or (row.us is not None and (have.us is None or row.us < have.us)):
                 rows[key] = row
-    table.write(Path(args.out), names[0], rows)
+    _write(args, args.out, lambda file: table.write(file, names[0], rows))
     print(f"{len(rows)} rows for {names[0]} in {args.out}")
 
 
@@ -352,16 +368,17 @@ def _verify(args: argparse.Namespace, device: Device) -> None:
         name, rows = given.device, dict(given.rows)
     else:
         name, rows = device.name, {key: row for key, (_, row) in _rows(device).items()}
+    runs = device.name == name and _is_here(device)
     wrong = {}
     with _bar(len(rows)) as advance:
         for done, (key, row) in enumerate(rows.items()):
             advance(done, key)
-            reason = tuner.verify(key, row, device if device.name == name else None)
+            reason = tuner.verify(key, row, device if runs else None)
             if reason is not None:
                 wrong[key] = reason
     for key, reason in wrong.items():
         print(f"{key}: {reason}")
-    ran = "checked by running them" if device.name == name else f"not run, since {name} is not here"
+    ran = "checked by running them" if runs else f"not run, since {name} is not here"
     if wrong:
         raise ValueError(f"table verify: {len(wrong)} of {len(rows)} rows are wrong ({ran})")
     print(f"{len(rows)} rows are right ({ran})")

@@ -144,13 +144,18 @@ def append_csv(file: Path, rows: Sequence[dict[str, Any]]) -> None:
         writer.writerows(rows)
 
 
-def plot(file: Path, results: Sequence[Measured], device: Device) -> None:
-    """Draw time against M, and the share of the memory's roof, a line per shape. Needs matplotlib ('vecmat[plot]')."""
+def figure_class() -> Any:
+    """matplotlib's Figure. Raises ``ValueError`` where it is not installed."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ValueError("bench: --plot needs matplotlib; pip install 'vecmat[plot]'") from error
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    return Figure
+
+
+def plot(file: Path, results: Sequence[Measured], device: Device) -> None:
+    """Draw time against M, and the share of the memory's roof, a line per shape. Needs matplotlib ('vecmat[plot]')."""
+    figure = figure_class()(figsize=(11, 4.5), layout="constrained")
     times, shares = figure.subplots(1, 2)
     for n, k in dict.fromkeys((r.problem.n, r.problem.k) for r in results):
         own = sorted((r for r in results if (r.problem.n, r.problem.k) == (n, k)), key=lambda r: r.problem.m)

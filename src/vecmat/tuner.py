@@ -37,6 +37,7 @@ _FINALISTS = 3
 _COLUMNS = 1024  # columns of y compared with the oracle, the first and last among them
 _COMPILERS = 8
 _LONGEST_WAIT_S = 60.0
+_MOST_ELEMENTS = 4 << 30  # of x, the weight or y, when a row is verified: more cannot be a real layer
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +77,12 @@ def tune(problem: Problem, device: Device, *, deadline: float = float("inf"),
     deadline: a ``time.monotonic()`` value after which no further candidate is begun; what was timed by then counts.
     on_trial: called after each candidate.
     """
+    # What the caller has switched on around matmul is not for the tuner's own products.
+    with torch.no_grad(), torch.autocast(device.place.type, enabled=False):
+        return _tune(problem, device, deadline, on_trial)
+
+
+def _tune(problem: Problem, device: Device, deadline: float, on_trial: Callable[[Trial], None] | None) -> Tuned | None:
     began = time.monotonic()
     candidates, hopeless = _candidates(problem, device)
     default = candidates[0]
@@ -122,22 +129,14 @@ def tune_into_table(problem: Problem, device: Device, *, deadline: float = float
     another just did; the others wait until the deadline (a minute if there is none) and then get None. Where the
     table's folder cannot be written the row is kept for this process.
     """
-    file = table.path(device.name)
-    wait = min(max(deadline - time.monotonic(), 0.0), _LONGEST_WAIT_S)
-    if wait == 0.0:
-        return None
-    lock: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
-    with contextlib.suppress(OSError):  # a folder that cannot be written has no lock, and needs none
-        file.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            lock = filelock.FileLock(f"{file}.tuning.lock").acquire(timeout=wait)
-        except filelock.Timeout:
+    with alone(device, max(deadline - time.monotonic(), 0.0)) as free:
+        if not free:
             return None
-    with lock:
-        table.user_table.cache_clear()
-        known = table.user_table(device.name, file)
+        file = table.path(device.name)
+        known = table.load(file, device.name, quiet=True)  # another process may have added the row
         row = known.find(device.name, problem.key()) if known is not None else None
-        if row is not None:
+        if row is not None and not _is_of_another_kernel(row):
+            table.user_table.cache_clear()
             return row
         tuned = tune(problem, device, deadline=deadline)
         if tuned is None:
@@ -145,6 +144,34 @@ def tune_into_table(problem: Problem, device: Device, *, deadline: float = float
         if not table.save(device.name, {problem.key(): tuned.row}):
             table.remember(device.name, {problem.key(): tuned.row})
         return tuned.row
+
+
+def _is_of_another_kernel(row: Row) -> bool:
+    """Whether a row names a kernel, or a version of it, that is not here: it decides nothing."""
+    kernel = registry()[0].get(row.kernel)
+    return kernel is None or kernel.version != row.kernel_version
+
+
+@contextlib.contextmanager
+def alone(device: Device, wait_s: float) -> Iterator[bool]:
+    """Context in which no other process of this machine tunes the device; yields False if one still does.
+
+    Waits for ``wait_s``, a minute at most. A folder that cannot be written has no lock and needs none.
+    """
+    wait = min(wait_s, _LONGEST_WAIT_S)
+    file = table.path(device.name)
+    lock: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
+    free = wait > 0
+    try:
+        if free:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            lock = filelock.FileLock(f"{file}.tuning.lock").acquire(timeout=wait)
+    except filelock.Timeout:
+        free = False
+    except (OSError, NotImplementedError):  # the latter: an old filelock on a file system without locks
+        pass
+    with lock:
+        yield free
 
 
 def verify(key: str, row: Row, device: Device | None) -> str | None:
@@ -157,6 +184,8 @@ def verify(key: str, row: Row, device: Device | None) -> str | None:
         problem = Problem.parse(key)
     except ValueError as error:
         return str(error)
+    if problem.key() != key or 0 in (problem.m, problem.n, problem.k):
+        return f"no call has this key; M={problem.m} is looked up as in {problem.key()!r}"
     kernel = registry()[0].get(row.kernel)
     if kernel is None:
         return f"there is no kernel {row.kernel!r} here"
@@ -164,6 +193,8 @@ def verify(key: str, row: Row, device: Device | None) -> str | None:
         return f"it is for version {row.kernel_version} of {row.kernel}, which is at {kernel.version}"
     if device is None:
         return None
+    if max(problem.m * problem.k, problem.n * problem.k, problem.m * problem.n) > _MOST_ELEMENTS:
+        return f"it has more than {_MOST_ELEMENTS >> 30} Gi elements and is too large to be checked"
     reason = kernel.rejects(problem, device)
     if reason is not None:
         return f"{row.kernel} cannot: {reason}"
@@ -203,17 +234,19 @@ def _candidates(problem: Problem, device: Device) -> tuple[list[_Candidate], lis
     The first is what would be chosen without tuning.
     """
     found: list[_Candidate] = []
+    untuned: list[_Candidate] = []
     for kernel in registry()[0].values():
         if kernel.rejects(problem, device) is not None:
             continue
         default = dict(kernel.default_config(problem, device))
         configs = [default, *(c for c in map(dict, kernel.configs(problem, device)) if c != default)]
-        # A kernel's estimate ranks kernels better than its own configs: the default goes first at its estimate.
-        found += [_Candidate(kernel, c, kernel.estimate_us(problem, device, c) + (i > 0) * 1e-3)
-                  for i, c in enumerate(configs)]  # fmt: skip
-    found.sort(key=lambda c: c.estimate_us)
-    best = found[0].estimate_us
-    near = [c for c in found if c.estimate_us <= best * (_PRUNE_TORCH if _is_torch(c) else _PRUNE)]
+        own = [_Candidate(kernel, c, kernel.estimate_us(problem, device, c)) for c in configs]
+        untuned.append(own[0])
+        found += own
+    first = min(untuned, key=lambda c: (c.estimate_us, c.kernel.name))  # as dispatch chooses
+    found.sort(key=lambda c: (c is not first, c.estimate_us, c not in untuned))
+    best = min(c.estimate_us for c in found)
+    near = [c for c in found if c is first or c.estimate_us <= best * (_PRUNE_TORCH if _is_torch(c) else _PRUNE)]
     return near, [c for c in found if c not in near]
 
 
@@ -229,9 +262,9 @@ class _Inputs:
         generator = torch.Generator(device=place).manual_seed(problem.m * 31 + problem.n * 7 + problem.k)
         self.problem, self.device = problem, device
         dtype = DTYPES[problem.x]
-        self.x = torch.randn(problem.m, problem.k, device=place, generator=generator).to(dtype)
+        self.x = torch.randn(problem.m, problem.k, device=place, generator=generator, dtype=torch.float32).to(dtype)
         shape = (problem.n, problem.k) if problem.layout == "nk" else (problem.k, problem.n)
-        dense = torch.randn(shape, device=place, generator=generator) / max(problem.k, 1) ** 0.5
+        dense = torch.randn(shape, device=place, generator=generator, dtype=torch.float32) / max(problem.k, 1) ** 0.5
         self.bias = torch.randn(problem.n, device=place, generator=generator).to(dtype) if problem.bias else None
         first = quantize(dense, str(problem.weight), layout=problem.layout)
         del dense
