@@ -16,12 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from .models import Advance, quiet
-from .nn import Linear, convert
+from .nn import Linear, convert, linear_layers
 from .ops import explain
 from .problem import DTYPES, Format
 
 PROMPT = "Please explain to a curious child why the sky is blue during the day and red in the evening."
 MOST_SCORED = 512
+MOST_KEPT_MB = 4000.0  # a model up to this size keeps its original layers too, to be timed in turns with the others
+TURNS, TURN_TOKENS = 6, 12
 
 
 class Watcher(Protocol):
@@ -139,7 +141,8 @@ def compare(
 
     weights, group_size, compute, untie: as for ``vecmat.convert``. prompt: goes through the tokenizer's chat
     template if it has one. Decoding is greedy; a short run before each timed one takes the costs of a first call
-    (packed weights, compiled kernels) out of its figures.
+    (packed weights, compiled kernels) out of its figures. A model of up to ``MOST_KEPT_MB`` is then timed with its
+    original and its converted layers in turns, and these times are the ones reported.
     """
     device = next(model.parameters()).device
     ids = _prompt_ids(tokenizer, prompt).to(device)
@@ -150,6 +153,7 @@ def compare(
             f"run: {ids.shape[1]} prompt tokens and {max_new_tokens} new ones are more than the model's {longest}"
         )
     linear = sum(_is_linear(module) for module in model.modules())
+    originals = linear_layers(model) if megabytes(model) <= MOST_KEPT_MB else {}
     before, logits = _measure(model, tokenizer, ids, max_new_tokens, passage, "before", watcher)
     with watcher.stage(f"converting to {weights}") as advance:
         convert(
@@ -159,6 +163,13 @@ def compare(
     with watcher.stage("packing weights"), _recorded(model) as shapes:
         _warm_up(model, ids)
     after, moved = _measure(model, tokenizer, ids, max_new_tokens, passage, f"after converting to {weights}", watcher)
+    if originals and max_new_tokens > 1:
+        with watcher.stage("timing both in turns") as advance:
+            spans = _in_turns(model, originals, ids, min(max_new_tokens, TURN_TOKENS), advance)
+        before, after = (
+            dataclasses.replace(side, prompt_s=statistics.median(own[0]), step_s=statistics.median(own[1]))
+            for side, own in zip((before, after), spans, strict=True)
+        )
     return Comparison(
         before=before,
         after=after,
@@ -190,6 +201,28 @@ def _measure(
     return side, logits
 
 
+def _in_turns(
+    model: Any, originals: dict[str, nn.Module], ids: Tensor, tokens: int, advance: Advance
+) -> list[tuple[list[float], list[float]]]:
+    """For the model with its original layers, then with the converted ones: seconds of each prompt and of each step.
+
+    The two take turns, so that a slow moment of the machine falls on both. The model is left converted.
+    """
+    converted = {name: model.get_submodule(name) for name in originals}
+    spans: list[tuple[list[float], list[float]]] = [([], []), ([], [])]
+    for turn in range(TURNS):
+        for layers, (prompts, steps) in zip((originals, converted), spans, strict=True):
+            for name, layer in layers.items():
+                parent, _, last = name.rpartition(".")
+                setattr(model.get_submodule(parent), last, layer)
+            clock = _Clock(None, lambda piece: None)
+            _decode(model, ids, tokens, clock)
+            prompts.append(clock.spans[0])
+            steps += clock.spans[1:] or clock.spans  # a model that stops at once has no other step
+        advance(turn + 1, TURNS)
+    return spans
+
+
 def _prompt_ids(tokenizer: Any, prompt: str) -> Tensor:
     if not prompt.strip():
         raise ValueError("run: --prompt is empty; expected some text")
@@ -215,19 +248,23 @@ class _Clock:
     def __init__(self, tokenizer: Any, say: Callable[[str], None]) -> None:
         from transformers import TextStreamer
 
-        self._words = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self._words.on_finalized_text = lambda text, stream_end=False: say(text) if text else None
+        self._words: Any = None  # without a tokenizer only the times are kept
+        if tokenizer is not None:
+            self._words = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+            self._words.on_finalized_text = lambda text, stream_end=False: say(text) if text else None
         self._since = 0.0
         self.spans: list[float] = []  # seconds before each token; the first is the prompt's
 
     def put(self, value: Tensor) -> None:
         if self._since:
             self.spans.append(time.perf_counter() - self._since)
-        self._words.put(value)
+        if self._words is not None:
+            self._words.put(value)
         self._since = time.perf_counter()
 
     def end(self) -> None:
-        self._words.end()
+        if self._words is not None:
+            self._words.end()
 
 
 def generate(
