@@ -252,7 +252,8 @@ def _rows_on_disk(file: Path, device_name: str) -> Mapping[str, Row]:
         if file.is_dir():
             os.unlink(aside)  # a folder replaces no file
         os.replace(file, aside)
-        _warn(f"table {file} could not be merged and was set aside as {Path(aside).name}: it {table.partition(';')[0]}")
+        reason = table.partition(";")[0].removeprefix("is ignored: ")
+        _warn(f"table {file} could not be merged and was set aside as {Path(aside).name}: {reason}")
     if not isinstance(table, Table):
         return {}
     if table.unusable:
