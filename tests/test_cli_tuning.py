@@ -289,6 +289,22 @@ def test_rows_travel_by_export_and_import(
     assert f"table: {below} cannot be written" in refused(capsys, "table", "export", str(below), *CPU)
 
 
+@pytest.mark.parametrize("way", ["export", "merge", "import"])
+def test_rows_keep_their_age_when_they_travel(
+    way: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    old, out = tables.path(NAME) if way == "export" else tmp_path / "old.json", tmp_path / "out.json"
+    old.parent.mkdir(parents=True, exist_ok=True)
+    with monkeypatch.context() as before:
+        before.setattr(table, "versions", lambda: {"vecmat": "0.0.1"})
+        table.write(old, NAME, {KEY: ROW})
+    argv = {"export": [str(out)], "merge": [str(out), str(old)], "import": [str(old)]}[way]
+    said(capsys, "table", way, *argv)
+    found = table.read(tables.path(NAME) if way == "import" else out)
+    assert not found.stale
+    assert found.rows[KEY].stale
+
+
 def test_import_of_another_devices_table_goes_to_that_device(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -290,7 +290,7 @@ def _rows(device: Device) -> dict[str, tuple[str, Any]]:
 
     found: dict[str, tuple[str, Any]] = {}
     for rung, rows in table.ladder(device.name):
-        for key, row in rows.rows.items():
+        for key, row in rows.aged.items():
             found.setdefault(key, (rung, row))
     return dict(sorted(found.items()))
 
@@ -336,7 +336,7 @@ def _import(args: argparse.Namespace, device: Device) -> None:
     given = table.read(Path(args.file))
     if args.device is not None and given.device != device.name:
         raise ValueError(f"table import: {args.file} is for {given.device!r}, not {device.name!r}")
-    if not table.save(given.device, given.rows):
+    if not table.save(given.device, given.aged):
         raise ValueError("table import: nothing was saved")
     print(f"{len(given.rows)} rows for {given.device} merged into {table.path(given.device)}")
 
@@ -350,7 +350,7 @@ def _merge(args: argparse.Namespace, device: Device) -> None:
         raise ValueError(f"table merge: the files are for different devices: {', '.join(names)}")
     rows: dict[str, Any] = {}
     for one in given:
-        for key, row in one.rows.items():
+        for key, row in one.aged.items():
             have = rows.get(key)
             if have is None or (row.us is not None and (have.us is None or row.us < have.us)):
                 rows[key] = row

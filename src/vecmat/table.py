@@ -107,6 +107,13 @@ class Table:
         """The row of a problem, None if there is none or the table is another device's."""
         return self.rows.get(key) if device == self.device else None
 
+    @property
+    def aged(self) -> Mapping[str, Row]:
+        """The rows as another file of these versions must keep them: each says itself whether it is stale."""
+        if not self.stale:
+            return self.rows
+        return {key: dataclasses.replace(row, stale=True) for key, row in self.rows.items()}
+
 
 def folder() -> Path:
     """Where the user's tables are kept.
@@ -258,9 +265,7 @@ def _rows_on_disk(file: Path, device_name: str) -> Mapping[str, Row]:
         return {}
     if table.unusable:
         _warn(f"table {file}: {table.unusable} rows have wrong types and are left out of what is written now")
-    if table.stale:  # what is written now names these versions
-        return {key: dataclasses.replace(row, stale=True) for key, row in table.rows.items()}
-    return table.rows
+    return table.aged
 
 
 def _is_loop(file: Path) -> bool:
