@@ -60,7 +60,7 @@ def test_every_problem_has_an_answer_on_every_device(name: str) -> None:
 def test_the_lowest_estimate_is_chosen_and_explained_with_every_kernel(name: str) -> None:
     device = Device.named(name)
     for fmt in FORMATS:
-        problem = asked(1, 4096, 4096, fmt if fmt in DENSE else "bf16", fmt)
+        problem = asked(1, 4112, 4096, fmt if fmt in DENSE else "bf16", fmt)  # no shipped table has it
         plan = choose(problem, device)
         able = [a for a in candidates(problem, device) if a.reason is None]
         assert plan.kernel.name == able[0].kernel
