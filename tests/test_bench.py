@@ -47,12 +47,13 @@ def counted(calls: int, seconds: float = 0.0) -> tuple[list[Callable[[], None]],
 
 
 def test_a_sampler_calls_every_copy_in_turn_and_goes_on_where_it_stopped() -> None:
-    calls, order = counted(5, 3e-4)
+    calls, order = counted(5)
     sampler = Sampler(CPU, calls)
+    sampler._count = 3  # no whole turn
     order.clear()
     for _ in range(4):
         assert sampler.once() > 0
-    assert len(order) >= 4
+    assert len(order) == 12
     assert order == [i % 5 for i in range(len(order))]
     counts = Counter(order)
     assert max(counts.values()) - min(counts[i] for i in range(5)) <= 1
