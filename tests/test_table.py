@@ -295,3 +295,11 @@ def test_a_process_killed_while_it_writes_leaves_a_whole_table() -> None:
     assert loaded is not None
     assert KEY in loaded.rows
     assert tables.save("d", {"after": ROW}), "the lock of a dead process was not freed"
+
+
+def test_explain_shows_the_row_that_decided() -> None:
+    row = Row(kernel="fallback", kernel_version=1, config=row_of("fallback").config, us=12.5, torch_us=20.0, tried=3)
+    with tables.use({KEY: row}, device=HERE.name):
+        told = str(explain_problem(PROBLEM, HERE))
+    assert "the row: it 12.5 us, torch 20.0 us; 3 tried, 0 failed" in told
+    assert "the row" not in str(explain_problem(PROBLEM, HERE))

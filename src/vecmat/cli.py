@@ -307,7 +307,7 @@ def _print_comparison(console: Console, found: Comparison) -> None:
     for name in ("rows", "layers", "N x K", "weights", "kernel", "us", "why"):
         rows.add_column(name, justify="right" if name in ("rows", "us") else "left")
     for row in found.kernels:
-        why = row.decided_by + (f", {row.runner_up} {row.runner_up_us:,.0f}" if row.runner_up else "")
+        why = row.decided_by.partition(":")[0] + (f", {row.runner_up} {row.runner_up_us:,.0f}" if row.runner_up else "")
         rows.add_row(
             str(row.m), f"{row.layers} {row.names}", f"{row.n} x {row.k}", row.weights, row.kernel,
             f"{row.estimate_us:,.0f}", Text(why),

@@ -36,7 +36,7 @@ class Candidate:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What will run. decided_by: which rung of the ladder, in words.
+    """What will run. decided_by: which rung of the ladder, in words. row: the table's row that decided, if one did.
 
     run: (x, operand, bias) -> y. operand: what ``run`` takes of a Weight (a dense tensor is its own operand).
     """
@@ -48,6 +48,7 @@ class Plan:
     decided_by: str
     operand: Callable[[Weight], Any]
     run: Run
+    row: table.Row | None = None
 
     @property
     def reduction(self) -> str:
@@ -96,12 +97,12 @@ def choose(problem: Problem, device: Device, *, kernel: str | None = None, may_t
         chosen = row and _from_row(row, problem, device, able)
         if row and chosen:
             stale = ", measured with other versions" if rows.stale else ""
-            return _plan(problem, device, chosen, f"{rung}{stale}: {rows.source}")
+            return _plan(problem, device, chosen, f"{rung}{stale}: {rows.source}", row)
     if may_tune and settings.current().tune == "on_miss" and _tunable(problem, device):
         tuned = tuner.tune_into_table(problem, device, deadline=settings.current().deadline)
         chosen = tuned and _from_row(tuned, problem, device, able)
         if chosen:
-            return _plan(problem, device, chosen, "tuned just now")
+            return _plan(problem, device, chosen, "tuned just now", tuned)
     if settings.current().on_miss == "error":
         raise TableMissError(f"no table has {problem.key()} on {device.name}{_nearest(problem, device)}")
     return _plan(problem, device, able[0], "lowest estimate")
@@ -134,7 +135,9 @@ def _from_row(row: table.Row, problem: Problem, device: Device, able: list[Candi
     return dataclasses.replace(found, config=row.config) if dict(row.config) in known else None
 
 
-def _plan(problem: Problem, device: Device, candidate: Candidate, decided_by: str) -> Plan:
+def _plan(
+    problem: Problem, device: Device, candidate: Candidate, decided_by: str, row: table.Row | None = None
+) -> Plan:
     kernel = registry()[0][candidate.kernel]
     plain = problem.weight.dense and kernel.packing is None
     return Plan(
@@ -145,6 +148,7 @@ def _plan(problem: Problem, device: Device, candidate: Candidate, decided_by: st
         decided_by=decided_by,
         operand=operator.attrgetter("data") if plain else kernel.operand,
         run=kernel.bind(problem, device, candidate.config),
+        row=row,
     )
 
 

@@ -225,6 +225,10 @@ class Explanation:
             f"-> {plan.kernel.name}{f' ({config})' if config else ''}, {plan.decided_by}",
             f"   sums K as: {plan.reduction}",
         ]
+        if plan.row is not None:
+            times = [f"{name} {us:,.1f} us" for name, us in (("it", plan.row.us), ("torch", plan.row.torch_us)) if us]
+            measured = ", ".join(times) or "not timed"
+            lines.append(f"   the row: {measured}; {plan.row.tried} tried, {plan.row.failed} failed")
         if plan.problem.compute:
             lines.append(f"   compute={plan.problem.compute!r}: each row of x is quantised; this changes the numbers")
         width = max(len(c.kernel) for c in self.candidates)

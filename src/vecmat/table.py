@@ -331,7 +331,7 @@ def shipped_table(device_name: str) -> Table | None:
     resource = resources.files(__package__) / "tables" / f"{_file_name(device_name)}.json"
     if not resource.is_file():
         return None
-    table = _parse(resource.read_text(encoding="utf-8"), f"shipped with vecmat: {resource.name}")
+    table = _parse(resource.read_text(encoding="utf-8"), resource.name)
     if isinstance(table, str):
         raise RuntimeError(f"{resource.name}, shipped with vecmat: {table}")
     return table if table.device == device_name else None
