@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import sys
 import time
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .device import Device
     from .problem import Problem
-    from .tuner import Tuned
+    from .tuner import Trial, Tuned
 
 DEFAULT_M = "1,2,4,8,16"
 
@@ -187,7 +188,8 @@ def _tune(args: argparse.Namespace, device: Device) -> None:
                     stopped = f"; the budget of {args.budget:g} s is spent, {len(todo) - done} are left"
                     break
                 advance(done, problem.key())
-                tuned = tuner.tune(problem, device, deadline=began + args.budget)
+                tell = _best_so_far(problem, functools.partial(advance, done))
+                tuned = tuner.tune(problem, device, deadline=began + args.budget, on_trial=tell)
                 if tuned is not None:
                     if not table.save(device.name, {problem.key(): tuned.row}):
                         raise ValueError("tune: nothing can be saved, so nothing more is tuned")
@@ -203,6 +205,18 @@ def _tune(args: argparse.Namespace, device: Device) -> None:
         + stopped
         + f"\n{table.path(device.name)}"
     )
+
+
+def _best_so_far(problem: Problem, show: Callable[[str], None]) -> Callable[[Trial], None]:
+    """A callback for ``tune`` that shows the fastest trial of the problem so far."""
+    best: list[Trial] = []
+
+    def tell(trial: Trial) -> None:
+        if trial.us is not None and (not best or trial.us < (best[0].us or 0)):
+            best[:] = [trial]
+            show(f"{problem.key()}: {trial.kernel} {trial.us:,.1f} us")
+
+    return tell
 
 
 def _told(tuned: Tuned) -> str:
