@@ -307,7 +307,7 @@ def _replace(file: Path, text: str, suffix: str) -> None:
             out.flush()
             os.fsync(out.fileno())
         os.replace(name, file)
-    except BaseException:
+    except BaseException:  # Ctrl-C too: nothing is swallowed, the unfinished file goes and the error is raised again
         with contextlib.suppress(OSError):
             os.unlink(name)
         raise
