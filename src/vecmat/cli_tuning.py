@@ -162,7 +162,13 @@ def _bar(total: int) -> Iterator[Callable[[int, str], None]]:
 
     console = Console(stderr=True, highlight=False)
     columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    with Progress(
+        *columns,
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+        redirect_stdout=sys.stdout.isatty(),  # above the bar; what goes to a file or a pipe stays out of it
+    ) as progress:
         task = progress.add_task("", total=total)
         yield lambda done, what: progress.update(task, completed=done, description=what)
 
@@ -174,37 +180,45 @@ def _tune(args: argparse.Namespace, device: Device) -> None:
         raise ValueError(f"tune: --budget is {args.budget}; expected more than 0 seconds")
     _present(device, "tune")
     problems = _problems(args)
-    known = {} if args.again else {key: row for _, rows in table.ladder(device.name) for key, row in rows.rows.items()}
-    todo = [problem for problem in problems if problem.key() not in known]
+    todo = _undecided(problems, device, args.again)
     began = time.monotonic()
-    results: list[Tuned] = []
-    stopped = ""
+    saved, stopped = 0, ""
     try:
-        with _bar(len(todo)) as advance, tuner.alone(device, args.budget if todo else 0.0) as free:
+        with tuner.alone(device, args.budget if todo else 0.0) as free:
             if todo and not free:
                 raise ValueError("tune: another process is tuning this device; wait for it, or give a longer --budget")
-            for done, problem in enumerate(todo):
-                if time.monotonic() - began > args.budget:
-                    stopped = f"; the budget of {args.budget:g} s is spent, {len(todo) - done} are left"
-                    break
-                advance(done, problem.key())
-                tell = _best_so_far(problem, functools.partial(advance, done))
-                tuned = tuner.tune(problem, device, deadline=began + args.budget, on_trial=tell)
-                if tuned is not None:
-                    if not table.save(device.name, {problem.key(): tuned.row}):
-                        raise ValueError("tune: nothing can be saved, so nothing more is tuned")
-                    results.append(tuned)  # only what is saved is told
+            todo = _undecided(todo, device, args.again)  # another process may have tuned them meanwhile
+            with _bar(len(todo)) as advance:
+                for done, problem in enumerate(todo):
+                    if time.monotonic() - began > args.budget:
+                        stopped = f"; the budget of {args.budget:g} s is spent, {len(todo) - done} are left"
+                        break
+                    advance(done, problem.key())
+                    tell = _best_so_far(problem, functools.partial(advance, done))
+                    tuned = tuner.tune(problem, device, deadline=began + args.budget, on_trial=tell)
+                    if tuned is not None:
+                        if not table.save(device.name, {problem.key(): tuned.row}):
+                            raise ValueError("tune: nothing can be saved, so nothing more is tuned")
+                        saved += 1
+                        print(_told(tuned), flush=True)  # only what is saved is told, and at once
     except KeyboardInterrupt:
-        stopped = f"; interrupted, {len(todo) - len(results)} are left"
-    for tuned in results:
-        print(_told(tuned))
+        stopped = f"; interrupted, {len(todo) - saved} are left"
     skipped = len(problems) - len(todo)
     print(
-        f"\n{len(results)} tuned in {time.monotonic() - began:.1f} s"
+        f"\n{saved} tuned in {time.monotonic() - began:.1f} s"
         + (f", {skipped} were in a table already" if skipped else "")
         + stopped
         + f"\n{table.path(device.name)}"
     )
+
+
+def _undecided(problems: Sequence[Problem], device: Device, again: bool) -> list[Problem]:
+    """The problems that no row decides, as the tables are now; all of them if they are to be tuned again."""
+    from . import table
+    from .dispatch import choose
+
+    table.user_table.cache_clear()
+    return [problem for problem in problems if again or choose(problem, device).row is None]
 
 
 def _best_so_far(problem: Problem, show: Callable[[str], None]) -> Callable[[Trial], None]:
@@ -222,9 +236,13 @@ def _best_so_far(problem: Problem, show: Callable[[str], None]) -> Callable[[Tri
 def _told(tuned: Tuned) -> str:
     row = tuned.row
     config = " ".join(f"{name}={value}" for name, value in row.config.items())
-    ratio = f", torch {row.torch_us:,.1f} us" if row.torch_us and row.kernel != "torch_dense" else ""
+    torch = ""
+    if row.torch_over_us is not None:
+        torch = f", torch slower than {row.torch_over_us:,.1f} us, stopped at a slice"
+    elif row.torch_us is not None and row.torch_us != row.us:  # equal where torch's own path has won
+        torch = f", torch {row.torch_us:,.1f} us"
     failed = f", {row.failed} failed" if row.failed else ""
-    return f"{tuned.problem.key():<50} {row.kernel} {config} {row.us:,.1f} us{ratio} ({row.tried} tried{failed})"
+    return f"{tuned.problem.key():<50} {row.kernel} {config} {row.us:,.1f} us{torch} ({row.tried} tried{failed})"
 
 
 def _bench(args: argparse.Namespace, device: Device) -> None:
@@ -328,6 +346,8 @@ def _show(args: argparse.Namespace, device: Device) -> None:
     for key, (rung, row) in rows.items():
         config = " ".join(f"{name}={value}" for name, value in row.config.items())
         times = ["-" if us is None else f"{us:,.1f}" for us in (row.us, row.torch_us)]
+        if row.torch_over_us is not None:
+            times[1] = f"> {row.torch_over_us:,.1f}"
         grid.add_row(key, row.kernel, config, *times, rung)
     console = _out()
     console.print(f"{device.name}: {len(rows)} rows\n")

@@ -226,7 +226,8 @@ class Explanation:
             f"   sums K as: {plan.reduction}",
         ]
         if plan.row is not None:
-            times = [f"{name} {us:,.1f} us" for name, us in (("it", plan.row.us), ("torch", plan.row.torch_us)) if us]
+            known = ("it", plan.row.us), ("torch", plan.row.torch_us), ("torch over", plan.row.torch_over_us)
+            times = [f"{name} {us:,.1f} us" for name, us in known if us]
             measured = ", ".join(times) or "not timed"
             lines.append(f"   the row: {measured}; {plan.row.tried} tried, {plan.row.failed} failed")
         if plan.problem.compute:

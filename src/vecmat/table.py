@@ -18,6 +18,7 @@ import contextlib
 import dataclasses
 import errno
 import functools
+import hashlib
 import json
 import math
 import os
@@ -42,6 +43,8 @@ SCHEMA = 1
 _LOCK_TIMEOUT_S = 10.0
 _LOCK_POLL_S = 0.01  # at filelock's own 0.05 s, one of eight busy writers can find the lock taken for seconds on end
 _MOST_BYTES = 64 << 20
+_LONGEST_NAME = 100  # of a file, without what is added to it; file systems take 255
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9.-]+( [A-Za-z0-9.-]+)*")  # never gives two _ in a row: those come before a digest
 _REMEMBERED: dict[str, dict[str, Row]] = {}
 
 
@@ -49,8 +52,9 @@ _REMEMBERED: dict[str, dict[str, Row]] = {}
 class Row:
     """One decision. us, torch_us: median microseconds of the winner and of torch's own path, None if not timed.
 
-    tried, failed: how many candidates were tried, and how many of them could not run or were wrong. stale: measured
-    with other versions than those of the table it is in, which was written again since.
+    torch_over_us: where torch's own path was stopped, what a part of the problem took it. tried, failed: how many
+    candidates were tried, and how many of them could not run or were wrong. stale: measured with other versions than
+    those of the table it is in, which was written again since.
     """
 
     kernel: str
@@ -58,6 +62,7 @@ class Row:
     config: Mapping[str, int | str | bool]
     us: float | None = None
     torch_us: float | None = None
+    torch_over_us: float | None = None
     tried: int = 0
     failed: int = 0
     stale: bool = False
@@ -73,7 +78,7 @@ class Row:
             and type(value.get("kernel_version")) is int
             and isinstance(config, dict)
             and all(isinstance(v, (int, str, bool)) for v in config.values())
-            and all(_is_time(value.get(name)) for name in ("us", "torch_us"))
+            and all(_is_time(value.get(name)) for name in ("us", "torch_us", "torch_over_us"))
             and all(type(value.get(name, 0)) is int for name in ("tried", "failed"))
             and type(value.get("stale", False)) is bool
         )
@@ -136,7 +141,11 @@ def path(device_name: str) -> Path:
 
 
 def _file_name(device_name: str) -> str:
-    return re.sub(r"[^A-Za-z0-9._-]+", "_", device_name) or "unnamed"
+    """Another file for every device: its name with _ for each space, where that can be undone, else with a digest."""
+    if len(device_name) <= _LONGEST_NAME and _PLAIN_NAME.fullmatch(device_name):
+        return device_name.replace(" ", "_")
+    digest = hashlib.sha256(device_name.encode("utf-8", "surrogatepass")).hexdigest()[:12]
+    return f"{re.sub(r'[^A-Za-z0-9.-]+', '_', device_name)[:_LONGEST_NAME]}__{digest}"
 
 
 def versions() -> dict[str, str]:
@@ -217,15 +226,18 @@ def save(device_name: str, rows: Mapping[str, Row], file: Path | None = None) ->
 
     Under a lock: read again, merge, write a file beside it, replace. A read-only home, a full disk or a lock that
     cannot be had gives one warning and False; the rows that were there stay. What writers that were killed left
-    beside the table is removed.
+    beside the table is removed. A symbolic link stays one: the table that it leads to is written.
     """
     file = path(device_name) if file is None else file
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(f"{file}.lock", timeout=_LOCK_TIMEOUT_S, poll_interval=_LOCK_POLL_S):
-            _remove_leftovers(file)
+        target = _behind(file)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(f"{target}.lock", timeout=_LOCK_TIMEOUT_S, poll_interval=_LOCK_POLL_S):
+            _remove_leftovers(target)
             merged = {**_rows_on_disk(file, device_name), **rows}
-            _replace(file, _text(device_name, merged), ".tmp")
+            if _behind(file) != target:  # a link was set aside: the table is another file now, with another lock
+                return save(device_name, rows, file)
+            _replace(target, _text(device_name, merged), ".tmp")
     except (OSError, NotImplementedError) as error:  # the latter: an old filelock on a file system without locks
         _warn(f"table {file} could not be written ({_why(error)}); set VECMAT_CACHE_DIR to a folder that can")
         return False
@@ -235,8 +247,14 @@ def save(device_name: str, rows: Mapping[str, Row], file: Path | None = None) ->
 
 
 def write(file: Path, device_name: str, rows: Mapping[str, Row]) -> None:
-    """Write a table file of these rows alone, in one step. Raises ``OSError`` where it cannot."""
-    _replace(file, _text(device_name, rows), ".new")
+    """Write a table file of these rows alone, in one step. Raises ``OSError`` where it cannot.
+
+    What is there but no regular file, such as /dev/stdout, is written to and not replaced.
+    """
+    if file.exists() and not file.is_file():
+        file.write_text(_text(device_name, rows), encoding="utf-8")
+    else:
+        _replace(_behind(file), _text(device_name, rows), ".new")
 
 
 def read(file: Path) -> Table:
@@ -277,6 +295,13 @@ def _is_loop(file: Path) -> bool:
     return False
 
 
+def _behind(file: Path) -> Path:
+    """The file itself, or the regular (or absent) file that a symbolic link leads to."""
+    if not file.is_symlink() or _is_loop(file) or (file.exists() and not file.is_file()):
+        return file
+    return file.resolve()
+
+
 def _remove_leftovers(file: Path) -> None:
     """Delete the temporary files of writers that were killed; under the lock, as no other writer is at work then."""
     ours = re.compile(re.escape(file.name) + r"\.[a-z0-9_]{8}\.tmp")
@@ -294,8 +319,9 @@ def _text(device_name: str, rows: Mapping[str, Row]) -> str:
 
 def _plain(row: Row) -> dict[str, Any]:
     value = {field.name: getattr(row, field.name) for field in dataclasses.fields(row)}
-    if not row.stale:
-        del value["stale"]
+    for name, usual in (("torch_over_us", None), ("stale", False)):
+        if value[name] is usual:
+            del value[name]
     return {**value, "config": dict(row.config)}
 
 
@@ -303,6 +329,8 @@ def _replace(file: Path, text: str, suffix: str) -> None:
     handle, name = tempfile.mkstemp(dir=file.parent, prefix=f"{file.name}.", suffix=suffix)
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as out:
+            with contextlib.suppress(OSError):  # a table that others may read stays so
+                os.fchmod(handle, stat.S_IMODE(file.stat().st_mode))
             out.write(text)
             out.flush()
             os.fsync(out.fileno())
@@ -366,12 +394,15 @@ def use(source: str | os.PathLike[str] | Mapping[str, Row], *, device: str | Non
     """Context manager under which a table is asked before the user's and the shipped one.
 
     source: a table file, or rows by problem key (then ``device`` names the device they are for).
-    Raises ``ValueError`` if the file cannot be used.
+    Raises ``ValueError`` if the file cannot be used, and ``TypeError`` for rows that are none.
     """
     if isinstance(source, Mapping):
         if device is None:
             raise ValueError("tables.use: rows without a device; pass device='its exact name'")
-        return settings(overlay=Table(device, source, "tables.use"))
+        for key, row in source.items():
+            if not isinstance(key, str) or not isinstance(row, Row):
+                raise TypeError(f"tables.use: source[{key!r}] is {type(row).__name__}; expected a Row by problem key")
+        return settings(overlay=Table(device, dict(source), "tables.use"))
     return settings(overlay=read(Path(source)))
 
 

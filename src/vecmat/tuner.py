@@ -1,13 +1,14 @@
 """Tuning: which kernel and config is fastest for one Problem, found by checking and timing, and bounded in time.
 
 Every candidate is compared with a float64 oracle before it is timed, so a wrong config is never recorded, whatever its
-speed; torch's own path is a candidate like any other; the finalists are timed again side by side; and the choice that
+speed; torch's own path is a candidate of every search; the finalists are timed again side by side; and the choice that
 would be made without tuning is only replaced by one that beats it by more than 3 %.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -30,9 +31,10 @@ from .table import Row
 from .weights import Weight, quantize, quantize_rows
 
 MARGIN = 0.03  # a tuned choice must beat the untuned one by this share, or noise would decide
-_PRUNE = 3.0  # candidates estimated this many times slower than the best are not tried,
-_PRUNE_TORCH = 20.0  # and torch's own path, whose time every row tells, only if it is hopeless
+_PRUNE = 3.0  # candidates estimated this many times slower than the best are not tried, torch's own path excepted
 _LOSER = 1.5  # one sample this many times slower than the best so far ends a candidate
+_FIRST_SLICE = 16  # columns of the first slice of torch's own path: a number that each kernel of torch takes
+_SLICE_US = 10_000.0  # a slice no slower than this ends nothing: on a busy machine any call may take some milliseconds
 _FINALISTS = 3
 _COLUMNS = 1024  # columns of y compared with the oracle, the first and last among them
 _COMPILERS = 8
@@ -42,12 +44,16 @@ _MOST_ELEMENTS = 4 << 30  # of x, the weight or y, when a row is verified: more 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Trial:
-    """One candidate's outcome: its time in microseconds, or why it has none."""
+    """One candidate's outcome: its time in microseconds, or why it has none.
+
+    over_us: what a slice of its columns took, where that was too much to go on (torch's own path only).
+    """
 
     kernel: str
     config: Config
     us: float | None = None
     failure: str | None = None
+    over_us: float | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,16 +71,19 @@ class _Candidate:
     kernel: Kernel
     config: Config
     estimate_us: float
+    is_torch: bool = False
     sampler: Sampler | None = None
     us: float = float("inf")
     failure: str | None = None
+    over_us: float | None = None
 
 
 def tune(problem: Problem, device: Device, *, deadline: float = float("inf"),
          on_trial: Callable[[Trial], None] | None = None) -> Tuned | None:  # fmt: skip
-    """The fastest correct candidate for a problem on a device that is here; None if time ran out before any was timed.
+    """The fastest correct candidate for a problem on a device that is here; None if none is correct.
 
     deadline: a ``time.monotonic()`` value after which no further candidate is begun; what was timed by then counts.
+    What would be chosen without tuning and torch's own path come first and are always tried.
     on_trial: called after each candidate.
     """
     # What the caller has switched on around matmul is not for the tuner's own products.
@@ -90,7 +99,8 @@ def _tune(problem: Problem, device: Device, deadline: float, on_trial: Callable[
     _compile(candidates, inputs)
     best = float("inf")
     for index, candidate in enumerate(candidates + hopeless):
-        if best < float("inf") and (index >= len(candidates) or time.monotonic() > deadline):
+        late = time.monotonic() > deadline and not candidate.is_torch
+        if best < float("inf") and (late or index >= len(candidates)):
             break
         _try(candidate, inputs, best)
         best = min(best, candidate.us)
@@ -101,20 +111,22 @@ def _tune(problem: Problem, device: Device, deadline: float, on_trial: Callable[
     if not timed:
         return None
     finalists = timed[:_FINALISTS]
-    torch_path = next((c for c in timed if _is_torch(c)), None)
+    torch_path = next((c for c in timed if c.is_torch), None)
     finalists += [c for c in (default, torch_path) if c is not None and c.sampler and c not in finalists]
     for candidate, us in zip(finalists, medians([c.sampler for c in finalists if c.sampler], 7), strict=True):
         candidate.us = us
     winner = min(finalists, key=lambda c: c.us)
     if default.sampler is not None and winner.us > default.us * (1 - MARGIN):
         winner = default
-    tried = [c for c in candidates if c.sampler is not None or c.failure is not None]
+    tried = [c for c in candidates if c.sampler or c.failure or c.over_us]
+    over = [c.over_us for c in tried if c.over_us is not None and torch_path is None]
     row = Row(
         kernel=winner.kernel.name,
         kernel_version=winner.kernel.version,
         config=dict(winner.config),
         us=round(winner.us, 2),
         torch_us=round(torch_path.us, 2) if torch_path is not None else None,
+        torch_over_us=round(min(over), 2) if over else None,
         tried=len(tried),
         failed=sum(c.failure is not None for c in tried),
     )
@@ -225,33 +237,37 @@ def tuning(budget_s: float = 60.0) -> Iterator[None]:
 
 def _trial(candidate: _Candidate) -> Trial:
     us = candidate.us if candidate.us < float("inf") else None
-    return Trial(kernel=candidate.kernel.name, config=candidate.config, us=us, failure=candidate.failure)
+    return Trial(
+        kernel=candidate.kernel.name,
+        config=candidate.config,
+        us=us,
+        failure=candidate.failure,
+        over_us=candidate.over_us,
+    )
 
 
 def _candidates(problem: Problem, device: Device) -> tuple[list[_Candidate], list[_Candidate]]:
-    """Every kernel's configs worth trying, by estimate, and those to try only if none of these works.
+    """Every kernel's configs worth trying, and those to try only if none of these works.
 
-    The first is what would be chosen without tuning.
+    The first is what would be chosen without tuning, then come torch's own path and the others by estimate. torch's own
+    path is its kernels for the weight's format or, where it has none, the fallback, which goes through torch too.
     """
+    able = [kernel for kernel in registry()[0].values() if kernel.rejects(problem, device) is None]
+    torchs = [kernel for kernel in able if kernel.name.startswith("torch_")]
+    torchs = torchs or [kernel for kernel in able if kernel.name == "fallback"]
     found: list[_Candidate] = []
     untuned: list[_Candidate] = []
-    for kernel in registry()[0].values():
-        if kernel.rejects(problem, device) is not None:
-            continue
+    for kernel in able:
         default = dict(kernel.default_config(problem, device))
         configs = [default, *(c for c in map(dict, kernel.configs(problem, device)) if c != default)]
-        own = [_Candidate(kernel, c, kernel.estimate_us(problem, device, c)) for c in configs]
+        own = [_Candidate(kernel, c, kernel.estimate_us(problem, device, c), kernel in torchs) for c in configs]
         untuned.append(own[0])
         found += own
     first = min(untuned, key=lambda c: (c.estimate_us, c.kernel.name))  # as dispatch chooses
-    found.sort(key=lambda c: (c is not first, c.estimate_us, c not in untuned))
+    found.sort(key=lambda c: (c is not first, not c.is_torch, c.estimate_us, c not in untuned))
     best = min(c.estimate_us for c in found)
-    near = [c for c in found if c is first or c.estimate_us <= best * (_PRUNE_TORCH if _is_torch(c) else _PRUNE)]
+    near = [c for c in found if c is first or c.is_torch or c.estimate_us <= best * _PRUNE]
     return near, [c for c in found if c not in near]
-
-
-def _is_torch(candidate: _Candidate) -> bool:
-    return candidate.kernel.name.startswith("torch_")
 
 
 class _Inputs:
@@ -271,6 +287,17 @@ class _Inputs:
         count = copies or copies_needed(device, problem.weight_bytes)
         self.weights = [first, *(first.copy() for _ in range(count - 1))]
         self._oracle(first, generator)
+
+    def narrow(self, columns: int) -> _Inputs:
+        """The first columns of the same problem: x, and views of one copy of the weight and of the bias."""
+        part = copy.copy(self)
+        part.problem = dataclasses.replace(self.problem, n=columns)
+        whole = self.weights[0]
+        data = whole.data[:, :columns] if whole.format.dense and whole.layout == "kn" else whole.data[:columns]
+        scale, zero = (None if t is None else t[:columns] for t in (whole.scale, whole.zero))
+        part.weights = [Weight(whole.format, data, scale, zero, k=whole.k, layout=whole.layout)]
+        part.bias = None if self.bias is None else self.bias[:columns]
+        return part
 
     def _oracle(self, weight: Weight, generator: torch.Generator) -> None:
         """float64 results of some columns, and the largest and RMS error of torch's own product of them."""
@@ -335,12 +362,19 @@ def _calls(candidate: _Candidate, inputs: _Inputs) -> list[Callable[[], Tensor]]
 
 
 def _try(candidate: _Candidate, inputs: _Inputs, best: float) -> None:
-    """Check a candidate against the oracle, then time it; sets its sampler and us, or its failure."""
+    """Check a candidate against the oracle, then time it; sets its sampler and us, its failure or its over_us.
+
+    Where something else works, torch's own path is first tried by slices.
+    """
     if candidate.failure is not None:
         return
-    calls = _calls(candidate, inputs)
 
     def measure() -> None:
+        if candidate.is_torch and best < float("inf"):
+            candidate.over_us = _slow_slice(candidate, inputs, max(_LOSER * best, _SLICE_US))
+            if candidate.over_us is not None:
+                return
+        calls = _calls(candidate, inputs)
         candidate.failure = inputs.wrong(calls[0]())
         if candidate.failure is None:
             sampler = Sampler(inputs.device, calls)
@@ -351,3 +385,27 @@ def _try(candidate: _Candidate, inputs: _Inputs, best: float) -> None:
 
     failure = _failure_of(candidate, measure)
     candidate.failure = failure or candidate.failure
+
+
+def _slow_slice(candidate: _Candidate, inputs: _Inputs, limit_us: float) -> float | None:
+    """Microseconds of the first slice of the problem's columns that alone takes longer than the limit; None if none is.
+
+    Each slice has twice the columns of the one before, so that nothing much longer than the limit is begun, however
+    long the whole may take: on some CPUs torch walks down a 16-bit weight (K, N) one number at a time.
+    """
+    columns = _FIRST_SLICE
+    while columns < inputs.problem.n:
+        call = _calls(candidate, inputs.narrow(columns))[0]
+        us = float("inf")
+        for _ in range(3):  # the first call may have something to set up, and any may meet a slow moment
+            begin = time.perf_counter()
+            call()
+            if inputs.device.is_gpu:
+                torch.cuda.synchronize(inputs.device.place)
+            us = min(us, (time.perf_counter() - begin) * 1e6)
+            if us <= limit_us:
+                break
+        else:
+            return us
+        columns *= 2
+    return None
