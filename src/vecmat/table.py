@@ -46,6 +46,7 @@ _MOST_BYTES = 64 << 20
 _LONGEST_NAME = 100  # of a file, without what is added to it; file systems take 255
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9.-]+( [A-Za-z0-9.-]+)*")  # never gives two _ in a row: those come before a digest
 _REMEMBERED: dict[str, dict[str, Row]] = {}
+_UNWRITTEN: dict[Path, str] = {}  # why a table could not be written when it was last tried
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -225,8 +226,8 @@ def save(device_name: str, rows: Mapping[str, Row], file: Path | None = None) ->
     """Whether ``rows`` are now in the user's table, merged with what was there.
 
     Under a lock: read again, merge, write a file beside it, replace. A read-only home, a full disk or a lock that
-    cannot be had gives one warning and False; the rows that were there stay. What writers that were killed left
-    beside the table is removed. A symbolic link stays one: the table that it leads to is written.
+    cannot be had gives False, and one warning until it works again; the rows that were there stay. What writers that
+    were killed left beside the table is removed. A symbolic link stays one: the table that it leads to is written.
     """
     file = path(device_name) if file is None else file
     try:
@@ -239,8 +240,11 @@ def save(device_name: str, rows: Mapping[str, Row], file: Path | None = None) ->
                 return save(device_name, rows, file)
             _replace(target, _text(device_name, merged), ".tmp")
     except (OSError, NotImplementedError) as error:  # the latter: an old filelock on a file system without locks
-        _warn(f"table {file} could not be written ({_why(error)}); set VECMAT_CACHE_DIR to a folder that can")
+        if _UNWRITTEN.get(file) != _why(error):  # Python's own filter forgets what it showed when filters change
+            _warn(f"table {file} could not be written ({_why(error)}); set VECMAT_CACHE_DIR to a folder that can")
+        _UNWRITTEN[file] = _why(error)
         return False
+    _UNWRITTEN.pop(file, None)
     user_table.cache_clear()
     forget_plans()
     return True
