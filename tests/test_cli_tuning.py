@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +21,7 @@ from vecmat import bench, measure, table, tables, tuner
 from vecmat.bench import Sampler
 from vecmat.cli import main
 from vecmat.device import KNOWN
+from vecmat.problem import Format, Problem
 from vecmat.table import Row
 
 NAME = here("cpu").name
@@ -87,6 +90,68 @@ def test_tune_writes_rows_and_a_second_run_tunes_nothing(capsys: pytest.CaptureF
     assert tables.load(tables.path(NAME), NAME).rows[KEY].us < 123456
 
 
+def test_tune_tunes_what_has_a_row_that_decides_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    tables.save(NAME, {KEY: dataclasses.replace(ROW, kernel_version=99), KEY.replace("m1 ", "m2 "): ROW})
+    out = said(capsys, "tune", "--shapes", "40,24", "--m", "1,2")
+    assert "1 tuned in " in out
+    assert "1 were in a table already" in out
+
+
+def test_tune_leaves_what_another_process_tuned_while_it_waited(capsys: pytest.CaptureFixture[str]) -> None:
+    table.user_table(NAME, tables.path(NAME))  # read: there is none
+
+    def other(held: threading.Event) -> None:
+        with tuner.alone(here("cpu"), 1.0):
+            held.set()
+            time.sleep(0.5)
+            table.write(tables.path(NAME), NAME, {KEY: ROW})  # unlike save, says nothing to this process
+
+    held = threading.Event()
+    thread = threading.Thread(target=other, args=(held,))
+    thread.start()
+    held.wait()
+    out = said(capsys, "tune", "--shapes", "40,24", "--m", "1,2")
+    thread.join()
+    assert "1 tuned in " in out
+    assert "1 were in a table already" in out
+    assert tables.load(tables.path(NAME), NAME).rows[KEY] == ROW
+
+
+def test_tune_tells_torchs_time_or_where_it_was_stopped(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times = {1: {"torch_us": 1234.5}, 2: {"torch_us": None, "torch_over_us": 1234.5}, 3: {"torch_us": ROW.us}}
+
+    def known(problem: Problem, *_: object, **__: object) -> tuner.Tuned:
+        row = dataclasses.replace(ROW, **times[problem.m])  # type: ignore[arg-type]
+        return tuner.Tuned(problem=problem, row=row, trials=[], seconds=0.0)
+
+    monkeypatch.setattr(tuner, "tune", known)
+    out = said(capsys, "tune", "--shapes", "40,24", "--m", "1,2,3").splitlines()
+    assert [line.partition("  ")[2].strip() for line in out[:3]] == [
+        "fallback widen=True 5.0 us, torch 1,234.5 us (2 tried)",
+        "fallback widen=True 5.0 us, torch slower than 1,234.5 us, stopped at a slice (2 tried)",
+        "fallback widen=True 5.0 us (2 tried)",
+    ]
+    shown = said(capsys, "table", "show").splitlines()[-3:]
+    assert [" ".join(line.split()[8:]) for line in shown] == [
+        "widen=True 5.0 1,234.5 your table",
+        "widen=True 5.0 > 1,234.5 your table",
+        "widen=True 5.0 5.0 your table",
+    ]
+
+
+def test_what_tune_tells_goes_to_stdout_though_a_bar_is_shown(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # to rich, stderr is a terminal then
+    assert main(["tune", "--shapes", "40,24", "--m", "1,2", *CPU]) == 0
+    out, err = capsys.readouterr()
+    assert [line.split("  ")[0] for line in out.splitlines()[:2]] == [KEY, KEY.replace("m1 ", "m2 ")]
+    assert "tried" not in err
+    assert "0/2" in err
+
+
 def test_tune_takes_a_named_workload_and_stops_at_its_budget(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -137,11 +202,9 @@ def test_ctrl_c_ends_a_real_process_cleanly() -> None:
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ,
     )  # fmt: skip
     folder = tables.path(NAME).parent
+    assert process.stdout is not None
     try:
-        for _ in range(1200):
-            if process.poll() is not None or list(folder.glob("*.json")):
-                break
-            time.sleep(0.05)
+        first = process.stdout.readline()
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=60)
     finally:
@@ -151,7 +214,7 @@ def test_ctrl_c_ends_a_real_process_cleanly() -> None:
     assert "; interrupted, " in out
     (file,) = folder.glob("*.json")
     saved = set(tables.load(file, json.loads(file.read_text())["device"]).rows)
-    told = {line[:50].strip() for line in out.splitlines() if line.startswith("m")}
+    told = {line[:50].strip() for line in (first + out).splitlines() if line.startswith("m")}
     assert told
     assert told <= saved
     assert not list(folder.glob("*.tmp"))
@@ -251,6 +314,47 @@ def test_bench_plots(quick: None, capsys: pytest.CaptureFixture[str], tmp_path: 
     pytest.importorskip("matplotlib")
     said(capsys, *SMALL, "--plot", str(tmp_path / "it.png"))
     assert (tmp_path / "it.png").read_bytes().startswith(b"\x89PNG")
+    said(capsys, *SMALL, "--peers", "", "--plot", str(tmp_path / "it.svg"))
+    assert b"<svg" in (tmp_path / "it.svg").read_bytes()
+
+
+def test_a_plot_has_a_line_for_each_shape_and_format_and_a_dotted_one_for_each_that_the_peer_runs() -> None:
+    pytest.importorskip("matplotlib")
+    results = [
+        measure.Measured(
+            problem=Problem(m=m, n=24, k=40, x="bf16", weight=Format(fmt), out="bf16"), kernel="it", decided_by="",
+            us=10.0 * m, peers={"torch_dense": 20.0 * m if fmt == "bf16" else None}, floor_us=5.0, roof_gbs=1.0,
+        )
+        for m in (8, 1, 3)
+        for fmt in ("int8", "bf16")
+    ]  # fmt: skip
+    times, shares = measure.figure(results, here("cpu")).axes
+    drawn = {line.get_label(): line for line in times.lines if line.get_marker() == "o"}
+    assert set(drawn) == {"24 x 40 int8", "24 x 40 bf16"}
+    for line in drawn.values():
+        assert list(line.get_xdata()) == [1, 3, 8]
+        assert list(line.get_ydata()) == [10, 30, 80]
+    (dotted,) = (line for line in times.lines if line.get_linestyle() == ":")
+    assert list(dotted.get_ydata()) == [20, 60, 160]
+    assert dotted.get_color() == drawn["24 x 40 bf16"].get_color()
+    assert times.get_title() == "vecmat, and torch_dense dotted"
+    assert [[label.get_text() for label in axes.get_xticklabels()] for axes in (times, shares)] == [["1", "3", "8"]] * 2
+    for line in shares.lines:
+        assert list(line.get_ydata()) == pytest.approx([50.0, 100 * 5 / 30, 6.25])
+    alone = measure.figure([r for r in results if r.problem.weight.name == "int8"], here("cpu"))
+    assert alone.axes[0].get_title() == "vecmat"
+    assert [line.get_label() for line in alone.axes[0].lines] == ["24 x 40"]
+    assert alone.get_suptitle() == f"int8 weights, bf16 x, {NAME}"
+
+
+@pytest.mark.parametrize("name", ["it.xyz", "it"])
+def test_bench_refuses_a_plot_that_it_cannot_draw_before_it_measures(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(measure, "measure", lambda *_: pytest.fail("measured"))
+    told = refused(capsys, *SMALL, *CPU, "--plot", name)
+    assert f"bench: --plot {name} names no kind of picture; expected .png, " in told
 
 
 def test_bench_without_matplotlib_says_so_before_it_measures(

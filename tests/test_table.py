@@ -40,13 +40,18 @@ def row_of(kernel: str, **changes: object) -> Row:
 
 
 def test_rows_come_back_as_they_were_saved() -> None:
-    rows = {KEY: ROW, "m2 n64 k128 x=fp16 w=int4:g32:zp o=fp32 nk bias": row_of("fallback", config={})}
+    rows = {
+        KEY: ROW,
+        "m2 n64 k128 x=fp16 w=int4:g32:zp o=fp32 nk bias": row_of("fallback", config={}),
+        "m3 n64 k128 x=fp16 w=fp16 o=fp16 kn": row_of("fallback", torch_over_us=99.5),
+    }
     assert tables.save("A device (R), 2.5 GHz", rows)
     file = tables.path("A device (R), 2.5 GHz")
     assert file.parent == Path(os.environ["VECMAT_CACHE_DIR"])
     loaded = tables.load(file, "A device (R), 2.5 GHz")
     assert loaded is not None
     assert loaded.rows == rows
+    assert file.read_text().count("torch_over_us") == 1
     assert not loaded.stale
     assert loaded.find("A device (R), 2.5 GHz", KEY) == ROW
     assert loaded.find("another device", KEY) is None
@@ -235,6 +240,72 @@ def test_a_table_file_can_be_used_for_a_block_of_code(tmp_path: Path) -> None:
         tables.use(tmp_path / "none.json")
 
 
+@pytest.mark.parametrize("wrong", [{"kernel": "fallback"}, None, "fallback", [ROW]])
+def test_rows_of_an_overlay_must_be_rows(wrong: object) -> None:
+    with pytest.raises(TypeError, match=rf"tables.use: source\['{KEY}'\] is {type(wrong).__name__}; expected a Row"):
+        tables.use({"m2 n1 k1": ROW, KEY: wrong}, device="d")  # type: ignore[dict-item]
+    with pytest.raises(TypeError, match=r"tables.use: source\[7\] is Row; expected a Row by problem key"):
+        tables.use({7: ROW}, device="d")  # type: ignore[dict-item]
+
+
+def linked(target: Path) -> Path:
+    """The user's table of a device "d", a link to the target."""
+    file = tables.path("d")
+    file.parent.mkdir(parents=True)
+    file.symlink_to(target)
+    return file
+
+
+def test_a_table_behind_a_link_is_written_and_the_link_stays(tmp_path: Path) -> None:
+    target = tmp_path / "shared" / "ours.json"
+    tables.save("d", {"theirs": ROW}, target)
+    target.chmod(0o664)
+    between = tmp_path / "between.json"
+    between.symlink_to(target)
+    file = linked(between)
+    for key in (KEY, "another"):
+        assert tables.save("d", {key: ROW})
+    assert file.is_symlink()
+    assert between.is_symlink()
+    assert not target.is_symlink()
+    assert set(json.loads(target.read_text())["rows"]) == {"theirs", KEY, "another"}
+    assert target.stat().st_mode & 0o777 == 0o664, "others cannot read it any more"
+    assert set(tables.load(file, "d").rows) == {"theirs", KEY, "another"}
+    assert [p.name for p in file.parent.iterdir()] == ["d.json"]
+    assert sorted(p.name for p in target.parent.iterdir()) == ["ours.json", "ours.json.lock"]
+
+
+def test_a_table_behind_a_link_that_leads_nowhere_yet_is_made(tmp_path: Path) -> None:
+    file = linked(tmp_path / "not" / "yet.json")
+    assert tables.save("d", {KEY: ROW})
+    assert file.is_symlink()
+    assert tables.load(tmp_path / "not" / "yet.json", "d").rows == {KEY: ROW}
+
+
+@pytest.mark.parametrize("content", ["important, and no table", whole(device="another")])
+def test_what_a_link_leads_to_is_left_alone_where_it_is_no_table_of_the_device(content: str, tmp_path: Path) -> None:
+    (tmp_path / "it").write_text(content)
+    file = linked(tmp_path / "it")
+    with pytest.warns(vecmat.VecmatWarning, match=r"d\.json could not be merged and was set aside as d\.") as told:
+        assert tables.save("d", {KEY: ROW})
+    assert len(told) == 1
+    assert (tmp_path / "it").read_text() == content
+    assert not file.is_symlink()
+    assert tables.load(file, "d").rows == {KEY: ROW}
+
+
+def test_a_table_is_written_to_a_pipe_that_is_there_and_does_not_replace_it(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        table.write(pipe, "d", {KEY: ROW})
+        assert json.loads(os.read(reader, 1 << 16))["device"] == "d"
+    finally:
+        os.close(reader)
+    assert pipe.is_fifo()
+
+
 def test_the_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("VECMAT_CACHE_DIR", "TRITON_CACHE_DIR", "TRITON_HOME"):
         monkeypatch.delenv(name, raising=False)
@@ -247,6 +318,26 @@ def test_the_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> 
     assert table.folder() == Path("/own")
     assert table.path("NVIDIA H200").name == "NVIDIA_H200.json"
     assert table.path("../../etc/passwd").parent == Path("/own")
+
+
+def test_every_device_has_a_file_of_its_own() -> None:
+    names = [
+        "NVIDIA H200", "NVIDIA_H200", "NVIDIA  H200", "NVIDIA H200 ", " NVIDIA H200", "NVIDIA/H200", "NVIDIA-H200",
+        "NVIDIA__H200", "", " ", "_", "..", "unnamed", "Größe", "Grösse", "x" * 100, "x" * 101, "x" * 300,
+        "x" * 299 + "y", "a\ud800", "Intel(R) Xeon(R) CPU @ 2.20GHz avx512 4 threads",
+        "Intel R Xeon R CPU 2.20GHz avx512 4 threads",
+    ]  # fmt: skip
+    names.append(tables.path("NVIDIA/H200").stem)  # a device that is called as another one's file
+    names.append(tables.path("NVIDIA/H200").stem.replace("_", " "))
+    files = [tables.path(name) for name in names]
+    assert len(set(files)) == len(names)
+    assert {file.parent for file in files} == {table.folder()}
+    assert max(len(file.name) for file in files) < 200
+    assert tables.path("NVIDIA H200").name == "NVIDIA_H200.json"
+    assert tables.path("AMD EPYC avx2 2 threads").name == "AMD_EPYC_avx2_2_threads.json"
+    for name in names:
+        assert tables.save(name, {KEY: ROW})
+    assert [tables.load(file, name).device for file, name in zip(files, names, strict=True)] == names
 
 
 def test_shipped_tables_are_well_formed() -> None:
@@ -302,4 +393,7 @@ def test_explain_shows_the_row_that_decided() -> None:
     with tables.use({KEY: row}, device=HERE.name):
         told = str(explain_problem(PROBLEM, HERE))
     assert "the row: it 12.5 us, torch 20.0 us; 3 tried, 0 failed" in told
+    stopped = dataclasses.replace(row, torch_us=None, torch_over_us=50.0)
+    with tables.use({KEY: stopped}, device=HERE.name):
+        assert "the row: it 12.5 us, torch over 50.0 us; 3 tried" in str(explain_problem(PROBLEM, HERE))
     assert "the row" not in str(explain_problem(PROBLEM, HERE))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -18,13 +19,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import vecmat
-from cases import here
+from cases import DENSE, FORMATS, asked, here
 from vecmat import dispatch, table, tables, tuner
 from vecmat.device import Device
 from vecmat.dispatch import choose
 from vecmat.kernels import registry
 from vecmat.kernels.base import Config, Kernel
-from vecmat.problem import Format, Problem
+from vecmat.problem import DTYPES, Format, Problem
 from vecmat.table import Row
 
 PROBLEM = Problem(m=2, n=24, k=40, x="fp32", weight=Format("fp32"), out="fp32")
@@ -153,7 +154,80 @@ def test_torchs_own_path_is_a_candidate_and_its_time_is_recorded() -> None:
     problem = Problem(m=1, n=64, k=64, x="fp32", weight=Format("fp32"), out="fp32")
     row = tuned(problem).row
     assert row.torch_us is not None
-    assert row.us <= row.torch_us
+    assert row.us <= row.torch_us / (1 - tuner.MARGIN)
+
+
+def test_where_torch_has_no_kernel_for_the_format_its_own_path_is_the_fallback() -> None:
+    row = tuned(Problem(m=2, n=24, k=40, x="fp32", weight=Format("int8"), out="fp32")).row
+    assert row.kernel == "fallback"
+    assert row.torch_us == row.us
+
+
+def test_torchs_own_path_is_tried_however_it_is_estimated_and_whatever_the_time(install: Install, told: None) -> None:
+    kernels = [Fake(f"other {i}", 1.0, {"": 100.0}) for i in range(30)]
+    torchs = Fake("torch_it", 1e9, {"": 10.0})
+    install(*kernels, torchs)
+    for deadline in (float("inf"), time.monotonic() - 1):
+        row = tuned(deadline=deadline).row
+        assert (row.kernel, row.us, row.torch_us) == ("torch_it", 10.0, 10.0)
+    assert row.tried == 2
+    torchs.us = {"": 1e6}
+    row = tuned().row
+    assert (row.kernel, row.torch_us) == ("other 0", 1e6)
+
+
+def test_torchs_own_path_is_stopped_at_a_slice_where_that_alone_is_slower_than_another_kernel(install: Install) -> None:
+    widths: list[int] = []
+
+    def a_millisecond_a_column(y: Tensor) -> Tensor:
+        widths.append(y.shape[1])
+        time.sleep(1e-3 * y.shape[1])
+        return y
+
+    install(Fake("usual", 1.0, {"": 0}), Fake("torch_it", 1e9, {"": 0}, result=a_millisecond_a_column))
+    problem = dataclasses.replace(PROBLEM, n=4096)
+    seen: list[tuner.Trial] = []
+    found = tuner.tune(problem, here("cpu"), on_trial=seen.append)
+    assert found is not None
+    assert (found.row.kernel, found.row.torch_us, found.row.tried, found.row.failed) == ("usual", None, 2, 0)
+    stopped = next(trial for trial in seen if trial.kernel == "torch_it")
+    assert (stopped.us, stopped.failure) == (None, None)
+    assert stopped in found.trials
+    assert widths[:3] == [16] * 3, "one slow call is a slow moment"
+    assert max(widths) < 128
+    assert stopped.over_us is not None
+    assert stopped.over_us >= 16e3
+    assert found.row.torch_over_us == round(stopped.over_us, 2)
+
+
+@pytest.mark.parametrize("x", ["bf16", "fp16"])
+def test_torchs_real_path_where_it_is_slow_is_bounded_and_what_is_told_of_it_true(x: str) -> None:
+    """A 16-bit weight (K, N): on a CPU that has no instructions for it torch takes a hundred times the best."""
+    problem = Problem(m=64, n=4096, k=1024, x=x, weight=Format(x), out=x, layout="kn")
+    row = tuned(problem).row
+    if row.torch_over_us is None:
+        assert row.torch_us is not None
+        assert row.us <= row.torch_us / (1 - tuner.MARGIN)
+        return
+    assert row.torch_us is None
+    assert row.us is not None
+    assert row.torch_over_us > row.us
+    rows, weight = torch.ones(64, 1024, dtype=DTYPES[x]), torch.ones(1024, 4096, dtype=DTYPES[x])
+    begin = time.perf_counter()
+    F.linear(rows, weight.t())
+    assert (time.perf_counter() - begin) * 1e6 > row.torch_over_us
+
+
+@pytest.mark.parametrize(("fmt", "layout"), [*((fmt, "nk") for fmt in FORMATS), *((fmt, "kn") for fmt in DENSE)])
+def test_a_slice_is_of_the_real_problem(fmt: str, layout: str) -> None:
+    x = fmt if fmt in DENSE else "bf16"
+    inputs = tuner._Inputs(asked(3, 48, 160, x, fmt, layout=layout, bias=True), here("cpu"), copies=1)
+    for kernel in registry()[0].values():
+        if kernel.rejects(inputs.problem, inputs.device) is None:
+            for config in kernel.configs(inputs.problem, inputs.device):
+                candidate = tuner._Candidate(kernel, config, 1.0)
+                whole, part = (tuner._calls(candidate, i)[0]() for i in (inputs, inputs.narrow(16)))
+                torch.testing.assert_close(part, whole[:, :16], rtol=0.02, atol=1e-3)
 
 
 @pytest.mark.parametrize(("faster", "wins"), [(0.99, False), (0.971, False), (0.969, True), (0.7, True)])

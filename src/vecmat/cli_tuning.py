@@ -252,7 +252,7 @@ def _bench(args: argparse.Namespace, device: Device) -> None:
     problems = _problems(args)
     peers = [peer for peer in args.peers.split(",") if peer]
     if args.plot:
-        measure.figure_class()  # before minutes of measuring
+        measure.check_plot(args.plot)  # before minutes of measuring
     results = []
     with _bar(len(problems)) as advance:
         for done, problem in enumerate(problems):

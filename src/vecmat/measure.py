@@ -144,8 +144,14 @@ def append_csv(file: Path, rows: Sequence[dict[str, Any]]) -> None:
         writer.writerows(rows)
 
 
-def figure_class() -> Any:
-    """matplotlib's Figure. Raises ``ValueError`` where it is not installed."""
+def check_plot(name: str) -> None:
+    """Raise ``ValueError`` where a picture of this file name cannot be drawn: no matplotlib, or a suffix it has not."""
+    kinds = _figure_class()().canvas.get_supported_filetypes()
+    if Path(name).suffix[1:].lower() not in kinds:
+        raise ValueError(f"bench: --plot {name} names no kind of picture; expected .png, .svg, .pdf or the like")
+
+
+def _figure_class() -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -153,22 +159,39 @@ def figure_class() -> Any:
     return Figure
 
 
-def plot(file: Path, results: Sequence[Measured], device: Device) -> None:
-    """Draw time against M, and the share of the memory's roof, a line per shape. Needs matplotlib ('vecmat[plot]')."""
-    figure = figure_class()(figsize=(11, 4.5), layout="constrained")
-    times, shares = figure.subplots(1, 2)
-    for n, k in dict.fromkeys((r.problem.n, r.problem.k) for r in results):
-        own = sorted((r for r in results if (r.problem.n, r.problem.k) == (n, k)), key=lambda r: r.problem.m)
+def figure(results: Sequence[Measured], device: Device) -> Any:
+    """matplotlib's Figure of time against M, and of the share of the memory's roof, a line per shape and format.
+
+    The first peer's times are dotted, where it can run. Needs matplotlib ('vecmat[plot]').
+    """
+    drawn = _figure_class()(figsize=(11, 4.5), layout="constrained")
+    times, shares = drawn.subplots(1, 2)
+    formats = list(dict.fromkeys(str(r.problem.weight) for r in results))
+    peer = next(iter(results[0].peers), None)
+    dotted = False
+    for n, k, weight in dict.fromkeys((r.problem.n, r.problem.k, r.problem.weight) for r in results):
+        own = [r for r in results if (r.problem.n, r.problem.k, r.problem.weight) == (n, k, weight)]
+        own.sort(key=lambda r: r.problem.m)
         ms = [r.problem.m for r in own]
-        (line,) = times.plot(ms, [r.us for r in own], marker="o", label=f"{n} x {k}")
-        peer = next(iter(own[0].peers), None)
+        label = f"{n} x {k} {weight}" if len(formats) > 1 else f"{n} x {k}"
+        (line,) = times.plot(ms, [r.us for r in own], marker="o", label=label)
         if peer is not None and all(r.peers[peer] is not None for r in own):
             times.plot(ms, [r.peers[peer] for r in own], linestyle=":", color=line.get_color())
+            dotted = True
         shares.plot(ms, [100 * r.share for r in own], marker="o", color=line.get_color())
-    peers = next(iter(results[0].peers), None)
-    times.set(xscale="log", yscale="log", xlabel="M", ylabel="us a call")
-    times.set_title(f"vecmat, and {peers} dotted" if peers else "vecmat", fontsize=10)
+    ms = sorted({r.problem.m for r in results})
+    for axes in (times, shares):
+        axes.set_xscale("log")
+        axes.set_xticks(ms, [str(m) for m in ms])
+        axes.set_xticks([], minor=True)
+    times.set(yscale="log", xlabel="M", ylabel="us a call")
+    times.set_title(f"vecmat, and {peer} dotted" if dotted else "vecmat", fontsize=10)
     times.legend(title="N x K", fontsize=8)
-    shares.set(xscale="log", xlabel="M", ylabel="% of the read bandwidth of the run", ylim=(0, None))
-    figure.suptitle(f"{results[0].problem.weight} weights, {results[0].problem.x} x, {device.name}", fontsize=11)
-    figure.savefig(file, dpi=120)
+    shares.set(xlabel="M", ylabel="% of the read bandwidth of the run", ylim=(0, None))
+    drawn.suptitle(f"{', '.join(formats)} weights, {results[0].problem.x} x, {device.name}", fontsize=11)
+    return drawn
+
+
+def plot(file: Path, results: Sequence[Measured], device: Device) -> None:
+    """Draw the ``figure`` of results into a file. Raises ``OSError`` where it cannot be written."""
+    figure(results, device).savefig(file, dpi=120)
