@@ -184,12 +184,13 @@ def test_torchs_own_path_is_stopped_at_a_slice_where_that_alone_is_slower_than_a
         time.sleep(1e-3 * y.shape[1])
         return y
 
-    install(Fake("usual", 1.0, {"": 0}), Fake("torch_it", 1e9, {"": 0}, result=a_millisecond_a_column))
+    wrong = Fake("wrong", 0.5, {"": 0}, result=torch.zeros_like)
+    install(wrong, Fake("usual", 1.0, {"": 0}), Fake("torch_it", 1e9, {"": 0}, result=a_millisecond_a_column))
     problem = dataclasses.replace(PROBLEM, n=4096)
     seen: list[tuner.Trial] = []
     found = tuner.tune(problem, here("cpu"), on_trial=seen.append)
     assert found is not None
-    assert (found.row.kernel, found.row.torch_us, found.row.tried, found.row.failed) == ("usual", None, 2, 0)
+    assert (found.row.kernel, found.row.torch_us, found.row.tried, found.row.failed) == ("usual", None, 3, 1)
     stopped = next(trial for trial in seen if trial.kernel == "torch_it")
     assert (stopped.us, stopped.failure) == (None, None)
     assert stopped in found.trials

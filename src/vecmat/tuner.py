@@ -83,7 +83,7 @@ def tune(problem: Problem, device: Device, *, deadline: float = float("inf"),
     """The fastest correct candidate for a problem on a device that is here; None if none is correct.
 
     deadline: a ``time.monotonic()`` value after which no further candidate is begun; what was timed by then counts.
-    What would be chosen without tuning and torch's own path come first and are always tried.
+    What would be chosen without tuning and torch's own path are tried however late it is.
     on_trial: called after each candidate.
     """
     # What the caller has switched on around matmul is not for the tuner's own products.
@@ -101,7 +101,7 @@ def _tune(problem: Problem, device: Device, deadline: float, on_trial: Callable[
     for index, candidate in enumerate(candidates + hopeless):
         late = time.monotonic() > deadline and not candidate.is_torch
         if best < float("inf") and (late or index >= len(candidates)):
-            break
+            continue
         _try(candidate, inputs, best)
         best = min(best, candidate.us)
         if on_trial is not None:
@@ -118,6 +118,8 @@ def _tune(problem: Problem, device: Device, deadline: float, on_trial: Callable[
     winner = min(finalists, key=lambda c: c.us)
     if default.sampler is not None and winner.us > default.us * (1 - MARGIN):
         winner = default
+    if winner.is_torch:
+        torch_path = winner
     tried = [c for c in candidates if c.sampler or c.failure or c.over_us]
     over = [c.over_us for c in tried if c.over_us is not None and torch_path is None]
     row = Row(
@@ -247,10 +249,10 @@ def _trial(candidate: _Candidate) -> Trial:
 
 
 def _candidates(problem: Problem, device: Device) -> tuple[list[_Candidate], list[_Candidate]]:
-    """Every kernel's configs worth trying, and those to try only if none of these works.
+    """Every kernel's configs worth trying, by estimate, and those to try only if none of these works.
 
-    The first is what would be chosen without tuning, then come torch's own path and the others by estimate. torch's own
-    path is its kernels for the weight's format or, where it has none, the fallback, which goes through torch too.
+    The first is what would be chosen without tuning. torch's own path is among them: its kernels for the weight's
+    format or, where it has none, the fallback, which goes through torch too.
     """
     able = [kernel for kernel in registry()[0].values() if kernel.rejects(problem, device) is None]
     torchs = [kernel for kernel in able if kernel.name.startswith("torch_")]
@@ -264,7 +266,7 @@ def _candidates(problem: Problem, device: Device) -> tuple[list[_Candidate], lis
         untuned.append(own[0])
         found += own
     first = min(untuned, key=lambda c: (c.estimate_us, c.kernel.name))  # as dispatch chooses
-    found.sort(key=lambda c: (c is not first, not c.is_torch, c.estimate_us, c not in untuned))
+    found.sort(key=lambda c: (c is not first, c.estimate_us, c not in untuned))
     best = min(c.estimate_us for c in found)
     near = [c for c in found if c is first or c.is_torch or c.estimate_us <= best * _PRUNE]
     return near, [c for c in found if c not in near]
