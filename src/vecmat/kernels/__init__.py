@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import pkgutil
+import sys
 
 from .base import Kernel
 
@@ -26,7 +27,7 @@ def registry() -> tuple[dict[str, Kernel], dict[str, str]]:
         except ImportError as error:
             if not module.startswith("triton_"):
                 raise
-            absent = isinstance(error, ModuleNotFoundError) and error.name == "triton"
+            absent = (error.name or "").partition(".")[0] == "triton" and sys.modules.get("triton") is None
             why = "Triton is not installed (pip install 'vecmat[gpu]')"
             missing[module] = why if absent else f"the Triton that is installed cannot be used: {error}"
             continue

@@ -1,9 +1,11 @@
-"""What the Triton kernels share: who may run them, and how they are launched."""
+"""What the Triton kernels share: who may run them, how they are launched, and how programs that share a sum meet."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -14,9 +16,24 @@ from triton.runtime.errors import OutOfResources, PTXASError
 
 from ..device import Device
 from ..problem import Problem
+from ..weights import Weight
 from .base import Config
 
 LAUNCH_ERRORS: tuple[type[Exception], ...] = (CompilationError, OutOfResources, PTXASError)
+
+try:
+    # Programmatic dependent launch: let the next kernel start while this one runs, and wait for the one before.
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+except ImportError:  # a Triton built without NVIDIA's parts; the kernels then compile with PDL=False
+
+    @triton.jit
+    def gdc_launch_dependents():
+        pass
+
+    gdc_wait = gdc_launch_dependents
+
+__all__ = ["LAUNCH_ERRORS", "Frozen", "Launch", "arrivals", "fitting", "gdc_launch_dependents", "gdc_wait", "overlaps",
+           "rejects_dense", "rejects_device", "tile_of"]  # fmt: skip
 
 
 @triton.jit
@@ -29,12 +46,13 @@ def tile_of(pid, tiles_m, tiles_n, GROUP_M: tl.constexpr):
     return first + within % height, within // height
 
 
-def rejects_dense16(problem: Problem, device: Device) -> str | None:
-    """Why a Triton kernel for dense 16-bit weights cannot run a problem on a device, None if nothing stands against."""
+def rejects_dense(problem: Problem, device: Device, dtypes: Sequence[str] = ("fp16", "bf16")) -> str | None:
+    """Why a Triton kernel for dense weights cannot run a problem on a device, None if nothing stands against."""
     if not problem.weight.dense:
         return f"the weight is {problem.weight}; this kernel multiplies dense weights"
-    if problem.x not in ("fp16", "bf16") or problem.weight.name != problem.x:
-        return f"x is {problem.x} and the weight {problem.weight}; this kernel multiplies fp16 by fp16, bf16 by bf16"
+    if problem.x not in dtypes or problem.weight.name != problem.x:
+        wanted = ", ".join(f"{name} by {name}" for name in dtypes)
+        return f"x is {problem.x} and the weight {problem.weight}; this kernel multiplies {wanted}"
     if problem.compute:
         return f"compute={problem.compute!r} quantises x; this kernel does not"
     if problem.grad:
@@ -68,8 +86,110 @@ def fitting(configs: Sequence[Config], device: Device) -> list[Config]:
     return fit
 
 
-def on_device(x: Tensor) -> contextlib.AbstractContextManager[object]:
-    """A context in which Triton launches on x's device, whichever is current."""
-    if x.device.type != "cuda" or x.device.index == torch.cuda.current_device():
-        return contextlib.nullcontext()
-    return torch.cuda.device(x.device)
+def overlaps(device: Device) -> bool:
+    """Whether a device can start a kernel before the one in front of it has ended (programmatic dependent launch).
+
+    A kernel launched so says ``gdc_launch_dependents()`` first and touches nothing but a frozen weight before
+    ``gdc_wait()``: x, y and every scratch buffer may still be in use by the kernel in front.
+    """
+    return device.kind == "cuda" and device.capability >= 90 and not device.interpreted
+
+
+class Frozen(NamedTuple):
+    """A Weight as the Triton kernels take it: data that does not change, and scales and zero points as (groups, N)."""
+
+    data: Tensor
+    scale: Tensor | None
+    zero: Tensor | None
+
+    @staticmethod
+    def of(weight: Weight) -> Frozen:
+        """What ``Kernel.prepare`` returns: no copy but of the scales, which lie as (N, groups) in the Weight."""
+        first = [None if t is None else t.t().contiguous() for t in (weight.scale, weight.zero)]
+        return Frozen(weight.data, *first)
+
+
+class Launch:
+    """A Triton kernel with its constants, launched without the JIT's binder once it is compiled.
+
+    The JIT looks every argument over at each call (about 7 us); here the first launch goes through it, and later ones
+    hand the compiled kernel plain addresses. That is right as long as what the compiler assumed holds: that addresses
+    are multiples of 16 (others take the JIT's way), and the values of ``fixed``, by which the compiled kernels are
+    kept. Profilers' launch hooks do not see the short way.
+    """
+
+    __slots__ = ("_compiled", "_constants", "_index", "_kernel", "_options", "_words")
+
+    def __init__(self, kernel: Any, device: Device, constants: Mapping[str, Any], *, words: Sequence[int] = (),
+                 pdl: bool = False, **options: int) -> None:  # fmt: skip
+        """constants: the kernel's constexprs, in order. words: the positions of tensors it reads as int32 words."""
+        self._kernel, self._index, self._words = kernel, device.index or 0, frozenset(words)
+        self._constants = dict(constants)
+        self._options = {**options, "launch_pdl": True} if pdl else options
+        self._compiled: dict[tuple[int, ...], Any] = {}
+
+    def __call__(self, grid: tuple[int, int], tensors: Sequence[Tensor | None], fixed: tuple[int, ...],
+                 *loose: int) -> None:  # fmt: skip
+        """Launch with the kernel's arguments in their order: tensors, integers it may specialise on, others."""
+        addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+        bits = 0
+        for address in addresses:
+            bits |= address or 0
+        compiled = None if bits & 15 else self._compiled.get(fixed)
+        with _on(self._index):
+            if compiled is not None:
+                stream = torch._C._cuda_getCurrentRawStream(self._index)
+                compiled.run(
+                    grid[0], grid[1], 1, stream, compiled.function, compiled.packed_metadata, None, None, None,
+                    *addresses, *fixed, *loose, *self._constants.values(),
+                )  # fmt: skip
+                return
+            given = list(tensors)
+            for place in self._words:
+                words = given[place]
+                assert words is not None
+                given[place] = (words.clone() if words.data_ptr() % 4 else words).view(torch.int32)
+            compiled = self._kernel[grid](*given, *fixed, *loose, **self._constants, **self._options)
+        if compiled is not None and not bits & 15:  # the interpreter compiles nothing
+            self._compiled[fixed] = compiled
+
+
+def _on(index: int) -> contextlib.AbstractContextManager[object]:
+    """A context in which CUDA launches on the device of that index, whichever is current."""
+    if not torch.cuda.is_available() or index == torch.cuda.current_device():
+        return _HERE
+    return torch.cuda.device(index)
+
+
+_HERE = contextlib.nullcontext()
+
+# Counters by which the programs that share one sum find out who comes last.
+_OWN: dict[tuple[int, int], Tensor] = {}  # (device, stream): for launches that run one after the other
+_SLABS: dict[int, Tensor] = {}  # device: for launches in CUDA graphs, each with a part of its own
+_SLAB_USED: dict[int, int] = {}
+_SLAB_LOCK = threading.Lock()
+_SLAB_WORDS = 1 << 20
+
+
+def arrivals(index: int, count: int) -> Tensor:
+    """``count`` int32 zeros that no launch running at the same time uses; the kernel must leave them zero.
+
+    Launches on one stream run one after the other and share; a launch captured into a CUDA graph may be replayed on
+    any stream and gets counters of its own for good (from 4 MiB a device, then by a memset in the graph).
+    """
+    if torch.cuda.is_current_stream_capturing():
+        with _SLAB_LOCK:
+            start = _SLAB_USED.get(index, 0)
+            if index in _SLABS and start + count <= _SLAB_WORDS:
+                _SLAB_USED[index] = start + -(-count // 4) * 4
+                return _SLABS[index][start : start + count]
+        return torch.zeros(count, dtype=torch.int32, device=f"cuda:{index}")
+    stream = torch._C._cuda_getCurrentRawStream(index)
+    mine = _OWN.get((index, stream))
+    if mine is None or mine.numel() < count:
+        place = torch.device("cuda", index)
+        if index not in _SLABS:
+            _SLABS[index] = torch.zeros(_SLAB_WORDS, dtype=torch.int32, device=place)
+            torch.cuda.current_stream(place).synchronize()  # graphs on other streams will read it
+        mine = _OWN[index, stream] = torch.zeros(max(count, 1 << 14), dtype=torch.int32, device=place)
+    return mine

@@ -12,19 +12,31 @@ from torch import Tensor
 
 from ..device import Device
 from ..problem import DTYPES, Problem, bucket
-from ._triton import LAUNCH_ERRORS, fitting, on_device, rejects_dense16, tile_of
+from ._triton import (
+    LAUNCH_ERRORS,
+    Launch,
+    fitting,
+    gdc_launch_dependents,
+    gdc_wait,
+    overlaps,
+    rejects_dense,
+    tile_of,
+)
 from .base import Config, Kernel, Run, flat, time_us
 
 
-@triton.jit
-def _tiles(x_ptr, w_ptr, bias_ptr, y_ptr, M, N, K, stride_xm, stride_xk, stride_wn, stride_wk, stride_ym,
-           BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
-           HAS_BIAS: tl.constexpr, EVEN_K: tl.constexpr):  # fmt: skip
+@triton.jit(do_not_specialize=["M"])
+def _tiles(x_ptr, w_ptr, bias_ptr, y_ptr, N, K, stride_xm, stride_xk, stride_wn, stride_wk, stride_ym, M,
+           BIAS: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+           BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr):  # fmt: skip
     """y (M, N) = x (M, K) @ w (N, K).T + bias; one program a (BLOCK_M, BLOCK_N) tile of y, K in steps of BLOCK_K.
 
     Products and sums in fp32 on the tensor cores, the bias added in fp32, one rounding at the store. Rows and
     columns past the edge read row or column 0 and are not stored; past K's end both operands read zero.
     """
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     tile_m, tile_n = tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
     m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -35,7 +47,7 @@ def _tiles(x_ptr, w_ptr, bias_ptr, y_ptr, M, N, K, stride_xm, stride_xk, stride_
     w_tile = w_ptr + column[None, :] * stride_wn + k[:, None].to(tl.int64) * stride_wk
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(0, K, BLOCK_K):
-        if EVEN_K:
+        if EVEN:
             x = tl.load(x_tile)
             w = tl.load(w_tile)
         else:
@@ -44,7 +56,7 @@ def _tiles(x_ptr, w_ptr, bias_ptr, y_ptr, M, N, K, stride_xm, stride_xk, stride_
         acc = tl.dot(x, w, acc)
         x_tile += BLOCK_K * stride_xk
         w_tile += BLOCK_K * stride_wk
-    if HAS_BIAS:
+    if BIAS:
         acc += tl.load(bias_ptr + column)[None, :].to(tl.float32)
     y_tile = y_ptr + m[:, None].to(tl.int64) * stride_ym + n[None, :]
     tl.store(y_tile, acc.to(y_ptr.dtype.element_ty), mask=(m[:, None] < M) & (n[None, :] < N))
@@ -77,7 +89,7 @@ class TritonDense(Kernel):
     launch_errors = LAUNCH_ERRORS
 
     def rejects(self, problem: Problem, device: Device) -> str | None:
-        return rejects_dense16(problem, device)
+        return rejects_dense(problem, device)
 
     def configs(self, problem: Problem, device: Device) -> Sequence[Config]:
         m = bucket(problem.m)
@@ -143,20 +155,19 @@ class TritonDense(Kernel):
 
     def bind(self, problem: Problem, device: Device, config: Config) -> Run:
         n, k, out, nk = problem.n, problem.k, DTYPES[problem.out], problem.layout == "nk"
-        block_m, block_n = int(config["BLOCK_M"]), int(config["BLOCK_N"])
-        even_k, columns = k % int(config["BLOCK_K"]) == 0, -(-n // block_n)
+        tile = {name: int(config[name]) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP_M")}
+        block_m, columns, pdl = tile["BLOCK_M"], -(-n // tile["BLOCK_N"]), overlaps(device)
+        constants = {"BIAS": problem.bias, "EVEN": k % tile["BLOCK_K"] == 0, "PDL": pdl, **tile}
+        warps, stages = int(config["num_warps"]), int(config["num_stages"])
+        launch = Launch(_tiles, device, constants, pdl=pdl, num_warps=warps, num_stages=stages)
 
         def run(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
             rows = flat(x)
             bias = None if bias is None else bias.contiguous()
             m = rows.shape[0]
             y = torch.empty(m, n, dtype=out, device=x.device)
-            stride_wn, stride_wk = weight.stride() if nk else weight.stride()[::-1]
-            with on_device(x):
-                _tiles[(-(-m // block_m) * columns,)](
-                    rows, weight, bias, y, m, n, k, rows.stride(0), rows.stride(1), stride_wn, stride_wk, n,
-                    HAS_BIAS=bias is not None, EVEN_K=even_k, **config,
-                )  # fmt: skip
+            strides = weight.stride() if nk else weight.stride()[::-1]
+            launch((-(-m // block_m) * columns, 1), (rows, weight, bias, y), (n, k, *rows.stride(), *strides, n), m)
             return y if x.dim() == 2 else y.view(*x.shape[:-1], n)
 
         return run

@@ -1,0 +1,385 @@
+"""What the Gluon kernels share: weights that go from memory straight into the tensor cores' registers.
+
+An MMA wants its operands spread over a warp in fragments: in a step of 16 k, lane ``t`` of the four that share a row
+holds k = 2t, 2t + 1, 2t + 8 and 2t + 9. A product does not care which k is called which, as long as both operands
+agree, so each lane loads the 16 bytes of a row that lie next to each other in memory and *calls* them the fragments
+of several steps. The weight then needs no shared memory, no shuffle and no packing: one load, the conversion, the
+MMA. x is put into the same order (``in_order``). The idea of fragments straight from global memory is Marlin's
+(Frantar et al., 2024), which packs the weight for it instead.
+
+Words of int32 travel, because a loop that carries bytes makes the compiler take them apart and put them together.
+"""
+
+from __future__ import annotations
+
+import abc
+import math
+from typing import Any, ClassVar
+
+import torch
+import triton.language as tl
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from ..device import Device
+from ..problem import DTYPES, Problem
+from ..weights import Weight
+from ._triton import LAUNCH_ERRORS, Frozen, Launch, arrivals, overlaps, rejects_device
+from .base import Config, Kernel, Run, flat
+
+
+@gluon.constexpr_function
+def powers(count):
+    """1, 2, 4, ... below count: the bases of a layout's dimension."""
+    return [1 << bit for bit in range(count.bit_length() - 1)]
+
+
+@gluon.constexpr_function
+def word_layout(LANE_WORDS, UNROLL, TILE, ROWS, WARPS_ROWS, DEPTH, WARPS_DEPTH):
+    """Layout of a tile (DEPTH * ROWS, 4 * LANE_WORDS * UNROLL) of words: eight rows by four lanes to a load of a warp.
+
+    TILE: the rows that a warp takes to an MMA, 16 of a weight or 8 of x. WARPS_ROWS warps lie along a weight's rows
+    and take the same rows of x; WARPS_DEPTH lie along the depth; the rest of either is in registers.
+    """
+    words = [[0, i] for i in powers(LANE_WORDS)] + [[0, 4 * LANE_WORDS * i] for i in powers(UNROLL)]
+    inner = [[8, 0]] if TILE == 16 else []
+    across = 1 if TILE == 8 else WARPS_ROWS  # x is the same for the warps along the weight's rows
+    rows = [[TILE * across * i, 0] for i in powers(ROWS // (TILE * across))]
+    chains = [[ROWS * WARPS_DEPTH * i, 0] for i in powers(DEPTH // WARPS_DEPTH)]
+    warps = [[TILE * i if TILE == 16 else 0, 0] for i in powers(WARPS_ROWS)]
+    warps += [[ROWS * i, 0] for i in powers(WARPS_DEPTH)]
+    lanes = [[0, LANE_WORDS], [0, 2 * LANE_WORDS], [1, 0], [2, 0], [4, 0]]
+    shape = [DEPTH * ROWS, 4 * LANE_WORDS * UNROLL]
+    return gl.DistributedLinearLayout(words + inner + rows + chains, lanes, warps, [], shape)
+
+
+@gluon.jit
+def halves(words, BF16: gl.constexpr):
+    """The two 16-bit floats of each word, low half first."""
+    if BF16:
+        return gl.inline_asm_elementwise("mov.b32 {$0, $1}, $2;", "=h,=h,r", [words],
+                                         dtype=(gl.bfloat16, gl.bfloat16), is_pure=True, pack=1)  # fmt: skip
+    else:
+        return gl.inline_asm_elementwise("mov.b32 {$0, $1}, $2;", "=h,=h,r", [words],
+                                         dtype=(gl.float16, gl.float16), is_pure=True, pack=1)  # fmt: skip
+
+
+@gluon.jit
+def bytes_to_floats(words, KIND: gl.constexpr, BF16: gl.constexpr):
+    """The four int8 or e4m3 values of each word as 16-bit floats, exactly.
+
+    int8 to fp16: a byte in the mantissa of 1024 (0x6400), less 1152 (Kim et al., 2022). bf16 has seven bits of
+    mantissa: the low seven go into that of 128 (0x4300), and the sign's 128 is subtracted as 256 or 128.
+    e4m3 to bf16: exponent and mantissa moved into place, times 2 ** 120 for the difference of the biases.
+    """
+    if KIND == "int8":
+        if BF16:
+            return gl.inline_asm_elementwise("""{
+                .reg .b32 t, u, a, b, minus;
+                mov.b32 minus, 0xBF80BF80;
+                prmt.b32 t, $4, 0, 0x4140;
+                prmt.b32 u, $4, 0, 0x4342;
+                lop3.b32 a, t, 0x007F007F, 0x43004300, 0xEA;
+                lop3.b32 b, t, 0x00800080, 0x43004300, 0xEA;
+                fma.rn.bf16x2 t, b, minus, a;
+                lop3.b32 a, u, 0x007F007F, 0x43004300, 0xEA;
+                lop3.b32 b, u, 0x00800080, 0x43004300, 0xEA;
+                fma.rn.bf16x2 u, b, minus, a;
+                mov.b32 {$0, $1}, t;
+                mov.b32 {$2, $3}, u;
+                }""", "=h,=h,=h,=h,r", [words],
+                dtype=(gl.bfloat16, gl.bfloat16, gl.bfloat16, gl.bfloat16), is_pure=True, pack=1)  # fmt: skip
+        else:
+            return gl.inline_asm_elementwise("""{
+                .reg .b32 t, u, v, offset;
+                mov.b32 offset, 0x64806480;
+                xor.b32 t, $4, 0x80808080;
+                prmt.b32 u, t, 0x64646464, 0x4140;
+                prmt.b32 v, t, 0x64646464, 0x4342;
+                sub.rn.f16x2 u, u, offset;
+                sub.rn.f16x2 v, v, offset;
+                mov.b32 {$0, $1}, u;
+                mov.b32 {$2, $3}, v;
+                }""", "=h,=h,=h,=h,r", [words],
+                dtype=(gl.float16, gl.float16, gl.float16, gl.float16), is_pure=True, pack=1)  # fmt: skip
+    else:
+        gl.static_assert(KIND == "fp8")
+        if BF16:
+            return gl.inline_asm_elementwise("""{
+                .reg .b32 t, u, sign, bias, zero;
+                mov.b32 bias, 0x7B807B80;
+                mov.b32 zero, 0x80008000;
+                prmt.b32 t, $4, 0, 0x1404;
+                prmt.b32 u, $4, 0, 0x3424;
+                and.b32 sign, t, 0x80008000;
+                shr.b32 t, t, 4;
+                lop3.b32 t, t, 0x07F007F0, sign, 0xEA;
+                fma.rn.bf16x2 t, t, bias, zero;
+                and.b32 sign, u, 0x80008000;
+                shr.b32 u, u, 4;
+                lop3.b32 u, u, 0x07F007F0, sign, 0xEA;
+                fma.rn.bf16x2 u, u, bias, zero;
+                mov.b32 {$0, $1}, t;
+                mov.b32 {$2, $3}, u;
+                }""", "=h,=h,=h,=h,r", [words],
+                dtype=(gl.bfloat16, gl.bfloat16, gl.bfloat16, gl.bfloat16), is_pure=True, pack=1)  # fmt: skip
+        else:
+            return gl.inline_asm_elementwise("""{
+                .reg .b16 low, high;
+                .reg .b32 t, u;
+                mov.b32 {low, high}, $4;
+                cvt.rn.f16x2.e4m3x2 t, low;
+                cvt.rn.f16x2.e4m3x2 u, high;
+                mov.b32 {$0, $1}, t;
+                mov.b32 {$2, $3}, u;
+                }""", "=h,=h,=h,=h,r", [words],
+                dtype=(gl.float16, gl.float16, gl.float16, gl.float16), is_pure=True, pack=1)  # fmt: skip
+
+
+@gluon.jit
+def nibbles_to_floats(words, offset, BF16: gl.constexpr):
+    """The eight nibbles of each word less a zero point as 16-bit floats, exactly, in the order 0 4 1 5 2 6 3 7.
+
+    A nibble goes into the mantissa of 1024 (fp16) or 128 (bf16); offset: words of two times that plus the zero point.
+    """
+    if BF16:
+        return gl.inline_asm_elementwise("""{
+            .reg .b32 t, minus;
+            mov.b32 minus, 0xBF80BF80;
+            lop3.b32 t, $8, 0x000F000F, 0x43004300, 0xEA;
+            fma.rn.bf16x2 t, $9, minus, t;
+            mov.b32 {$0, $1}, t;
+            shr.b32 t, $8, 4;
+            lop3.b32 t, t, 0x000F000F, 0x43004300, 0xEA;
+            fma.rn.bf16x2 t, $9, minus, t;
+            mov.b32 {$2, $3}, t;
+            shr.b32 t, $8, 8;
+            lop3.b32 t, t, 0x000F000F, 0x43004300, 0xEA;
+            fma.rn.bf16x2 t, $9, minus, t;
+            mov.b32 {$4, $5}, t;
+            shr.b32 t, $8, 12;
+            lop3.b32 t, t, 0x000F000F, 0x43004300, 0xEA;
+            fma.rn.bf16x2 t, $9, minus, t;
+            mov.b32 {$6, $7}, t;
+            }""", "=&h,=&h,=&h,=&h,=&h,=&h,=&h,=&h,r,r", [words, offset],
+            dtype=(gl.bfloat16, gl.bfloat16, gl.bfloat16, gl.bfloat16,
+                   gl.bfloat16, gl.bfloat16, gl.bfloat16, gl.bfloat16), is_pure=True, pack=1)  # fmt: skip
+    else:
+        return gl.inline_asm_elementwise("""{
+            .reg .b32 t;
+            lop3.b32 t, $8, 0x000F000F, 0x64006400, 0xEA;
+            sub.rn.f16x2 t, t, $9;
+            mov.b32 {$0, $1}, t;
+            shr.b32 t, $8, 4;
+            lop3.b32 t, t, 0x000F000F, 0x64006400, 0xEA;
+            sub.rn.f16x2 t, t, $9;
+            mov.b32 {$2, $3}, t;
+            shr.b32 t, $8, 8;
+            lop3.b32 t, t, 0x000F000F, 0x64006400, 0xEA;
+            sub.rn.f16x2 t, t, $9;
+            mov.b32 {$4, $5}, t;
+            shr.b32 t, $8, 12;
+            lop3.b32 t, t, 0x000F000F, 0x64006400, 0xEA;
+            sub.rn.f16x2 t, t, $9;
+            mov.b32 {$6, $7}, t;
+            }""", "=&h,=&h,=&h,=&h,=&h,=&h,=&h,=&h,r,r", [words, offset],
+            dtype=(gl.float16, gl.float16, gl.float16, gl.float16,
+                   gl.float16, gl.float16, gl.float16, gl.float16), is_pure=True, pack=1)  # fmt: skip
+
+
+@gluon.jit
+def fragments(words, offset, KIND: gl.constexpr, BF16: gl.constexpr, ROWS: gl.constexpr, LANE_WORDS: gl.constexpr,
+              UNROLL: gl.constexpr):  # fmt: skip
+    """A tile of words (ROWS, 4 * LANE_WORDS * UNROLL) as 16-bit floats (ROWS, values), k in the order of the MMAs.
+
+    offset: zero points as ``nibbles_to_floats`` wants them, for int4 only.
+    """
+    if KIND == "int4":
+        n0, n4, n1, n5, n2, n6, n3, n7 = nibbles_to_floats(words, offset, BF16)
+        evens = gl.join(gl.join(n0, n4), gl.join(n2, n6))
+        odds = gl.join(gl.join(n1, n5), gl.join(n3, n7))
+        # nibble = 4 * pair + 2 * half + odd; after the words come (pair, half, odd)
+        tile = gl.join(evens, odds).reshape([ROWS, UNROLL, 4, LANE_WORDS, 2, 2, 2])
+        tile = tile.permute([0, 1, 3, 6, 5, 2, 4])
+        return tile.reshape([ROWS, 32 * LANE_WORDS * UNROLL])
+    elif KIND == "dense":
+        low, high = halves(words, BF16)
+        tile = gl.join(low, high).reshape([ROWS, UNROLL, 4, LANE_WORDS // 2, 2, 2])
+        return tile.permute([0, 1, 3, 4, 2, 5]).reshape([ROWS, 8 * LANE_WORDS * UNROLL])
+    else:
+        v0, v1, v2, v3 = bytes_to_floats(words, KIND, BF16)
+        tile = gl.join(gl.join(v0, v1), gl.join(v2, v3)).reshape([ROWS, UNROLL, 4, LANE_WORDS, 2, 2])
+        return tile.permute([0, 1, 3, 5, 2, 4]).reshape([ROWS, 16 * LANE_WORDS * UNROLL])
+
+
+@gluon.jit
+def in_order(x, KIND: gl.constexpr, ROWS: gl.constexpr, LANE: gl.constexpr, UNROLL: gl.constexpr):
+    """A tile of x (ROWS, 4 * LANE * UNROLL) in the order of ``fragments``. LANE: values that a lane has in a row."""
+    if KIND == "int4":
+        tile = x.reshape([ROWS, UNROLL, 4, LANE // 8, 2, 2, 2]).permute([0, 1, 3, 6, 5, 2, 4])
+    else:
+        tile = x.reshape([ROWS, UNROLL, 4, LANE // 4, 2, 2]).permute([0, 1, 3, 4, 2, 5])
+    return tile.reshape([ROWS, 4 * LANE * UNROLL])
+
+
+@gluon.jit
+def load_words(pointers, at, end, more, EVEN: gl.constexpr):
+    """A tile of weight words, read once and evicted first; past ``end`` zeros, and nothing unless ``more``."""
+    if EVEN:
+        return gl.load(pointers, mask=(at >= 0) & more, eviction_policy="evict_first")
+    else:
+        return gl.load(pointers, mask=(at < end) & more, other=0, eviction_policy="evict_first")
+
+
+@gluon.jit
+def load_group(pointers, step, groups, N, more, PER_STEP: gl.constexpr, GROUP: gl.constexpr):
+    """Scales or zero points (groups, N) of the group that a step lies in."""
+    group = gl.minimum(step * PER_STEP // GROUP, groups - 1)
+    return gl.load(pointers + group * N, mask=(group >= 0) & more)
+
+
+@gluon.jit
+def join_parts(y, part_ptr, count_ptr, tile, part, split, n, m, BLOCK_N: gl.constexpr, BLOCK_M: gl.constexpr):
+    """(the sum of a tile's parts, in order, in the program that comes last; whether this is the one)."""
+    block = part_ptr + tile * split * (BLOCK_N * BLOCK_M) + n * BLOCK_M + m
+    gl.store(block + part * (BLOCK_N * BLOCK_M), y)
+    tl.debug_barrier()  # every thread's part is stored before this program says that it is
+    is_last = gl.atomic_add(count_ptr + tile, 1, sem="acq_rel") == split - 1
+    tl.debug_barrier()
+    total = y
+    if is_last:
+        gl.store(count_ptr + tile, 0)
+        total = gl.load(block, cache_modifier=".cg")
+        for other in range(1, split):
+            total += gl.load(block + other * (BLOCK_N * BLOCK_M), cache_modifier=".cg")
+    return total, is_last
+
+
+@gluon.jit
+def store_tile(y, tile, part, split, scale_ptr, bias_ptr, y_ptr, part_ptr, count_ptr, N, M, SCALED: gl.constexpr,
+               BIAS: gl.constexpr, SPLIT: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_M: gl.constexpr):  # fmt: skip
+    """A tile (BLOCK_N, BLOCK_M) of sums into y (M, N): parts of K joined, scaled, the bias added, rounded once."""
+    LAYOUT: gl.constexpr = y.type.layout
+    n = gl.expand_dims(gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, LAYOUT)), 1)
+    m = gl.expand_dims(gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, LAYOUT)), 0)
+    mine = m < M
+    if SPLIT:
+        y, is_last = join_parts(y, part_ptr, count_ptr, tile, part, split, n, m, BLOCK_N, BLOCK_M)
+        mine = mine & is_last
+    n += tile * BLOCK_N
+    if SCALED:
+        y *= gl.load(scale_ptr + gl.minimum(n, N - 1))
+    if BIAS:
+        y += gl.load(bias_ptr + gl.minimum(n, N - 1)).to(gl.float32)
+    gl.store(y_ptr + m.to(gl.int64) * N + n, y.to(y_ptr.dtype.element_ty), mask=(n < N) & mine)
+
+
+# Values in a word, by the kind of weight.
+PER_WORD = {"dense": 2, "int8": 4, "fp8": 4, "int4": 8}
+
+
+def kind_of(problem: Problem) -> str:
+    """The kind of a problem's weight, as the kernels call it."""
+    return "dense" if problem.weight.dense else problem.weight.name
+
+
+def lane_words(problem: Problem) -> int:
+    """How many words of a row a lane loads at once: 16 bytes, or less where four lanes would span two groups."""
+    group = problem.weight.group_size
+    return min(4, group // (4 * PER_WORD[kind_of(problem)])) if group else 4
+
+
+def splits(tiles: int, steps: int, units: int) -> list[int]:
+    """In how many parts to cut K, so that two to six programs come to each multiprocessor; two choices at most."""
+    if tiles >= 2 * units:
+        return [1]
+    able = [split for split in (1, 2, 4, 8, 16) if split <= max(steps, 1)]
+    return [split for split in able if 1.4 * units <= tiles * split <= 7 * units][:2] or able[-1:]
+
+
+class Fragments(Kernel):
+    """A kernel whose weight goes from memory into fragments: what it takes, and how it is launched.
+
+    A config has ``split``, ``num_warps`` and, in capitals, the last constants of ``function`` in their order. words:
+    which of its first two arguments, x and the weight, the function reads as words.
+    """
+
+    function: ClassVar[Any]
+    words: ClassVar[tuple[int, ...]]
+    most_rows: ClassVar[int]
+    packing = "by_group"
+    launch_errors = LAUNCH_ERRORS
+
+    @abc.abstractmethod
+    def block_m(self, m: int) -> int:
+        """Rows of x that a program takes, M or more."""
+
+    @abc.abstractmethod
+    def step_words(self, config: Config) -> int:
+        """Words of a row that a program takes at once."""
+
+    def rejects(self, problem: Problem, device: Device) -> str | None:
+        fmt = problem.weight
+        if device.interpreted:
+            return "Gluon has no interpreter"
+        if device.kind != "cuda":
+            return "its MMA is NVIDIA's"
+        if problem.m > self.most_rows:
+            return f"M={problem.m}; this kernel multiplies up to {self.most_rows} rows"
+        if fmt.dense and problem.layout != "nk":
+            return "the weight lies as (K, N); this kernel reads rows of K"
+        if problem.x not in ("fp16", "bf16") or (fmt.dense and fmt.name != problem.x):
+            return f"x is {problem.x} and the weight {fmt}; this kernel wants x in 16 bits, and a dense weight as x"
+        if problem.compute:
+            return f"compute={problem.compute!r} quantises x; this kernel does not"
+        if problem.grad:
+            return "a gradient is asked for; this kernel has none"
+        if fmt.name == "fp8" and problem.x == "fp16" and device.capability < 89:
+            return f"e4m3 to fp16 needs compute capability 8.9; this is {device.arch}"
+        per_word = PER_WORD[kind_of(problem)]
+        if problem.k % per_word:
+            return f"K={problem.k} is no multiple of {per_word}, the values in four bytes of a row"
+        return rejects_device(problem, device)
+
+    def prepare(self, weight: Weight) -> Frozen:
+        return Frozen.of(weight)
+
+    def bind(self, problem: Problem, device: Device, config: Config) -> Run:
+        n, out, fmt, kind = problem.n, DTYPES[problem.out], problem.weight, kind_of(problem)
+        words = problem.k // PER_WORD[kind]
+        align = math.gcd(words, 4)
+        block_m, block_n = self.block_m(problem.m), int(config["BLOCK_N"])
+        split, tiles = int(config["split"]), -(-n // block_n)
+        pdl, index = overlaps(device), device.index or 0
+
+        def launch(frozen: bool) -> Launch:
+            constants = {
+                "KIND": kind, "BF16": problem.x == "bf16", "GROUP": fmt.group_size or 0, "ZERO": not fmt.symmetric,
+                "BIAS": problem.bias, "EVEN": words % self.step_words(config) == 0, "ALIGN": align, "PDL": pdl,
+                "FROZEN": frozen, "SPLIT": split > 1, "BLOCK_M": block_m,
+                **{name: value for name, value in config.items() if name.isupper()},
+            }  # fmt: skip
+            return Launch(self.function, device, constants, words=self.words, pdl=pdl,
+                          num_warps=int(config["num_warps"]))  # fmt: skip
+
+        frozen, changing = launch(True), launch(False)
+        fixed, blocks = (n, words // align, fmt.groups(problem.k), split), tiles * split * block_n * block_m
+
+        def run(x: Tensor, weight: Tensor | Frozen, bias: Tensor | None) -> Tensor:
+            rows = flat(x).contiguous()
+            m = rows.shape[0]
+            y = torch.empty(m, n, dtype=out, device=x.device)
+            part = count = scale = zero = None
+            if split > 1:
+                part = torch.empty(blocks, dtype=torch.float32, device=x.device)
+                count = arrivals(index, tiles)
+            if isinstance(weight, Frozen):
+                start, (data, scale, zero) = frozen, weight
+            else:
+                start, data = changing, weight
+            bias = None if bias is None else bias.contiguous()
+            start((tiles, split), (rows, data.contiguous(), scale, zero, bias, y, part, count), fixed, m)
+            return y if x.dim() == 2 else y.view(*x.shape[:-1], n)
+
+        return run

@@ -1,0 +1,217 @@
+"""A few rows of x by a dense, int8, fp8 or int4 weight (N, K): from memory straight into tensor cores' fragments."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import mma_v2
+
+from ..device import Device
+from ..problem import Problem
+from ._gluon import (
+    PER_WORD,
+    Fragments,
+    fragments,
+    halves,
+    in_order,
+    kind_of,
+    lane_words,
+    load_group,
+    load_words,
+    splits,
+    store_tile,
+    word_layout,
+)
+from ._triton import gdc_launch_dependents, gdc_wait
+from .base import Config, time_us
+
+
+@gluon.jit
+def _load_x(pointers, at, end, m, M, more, EVEN: gl.constexpr):
+    """A tile of x in words of two values; rows past M are whatever they are, as no result of theirs is stored."""
+    if EVEN:
+        return gl.load(pointers, mask=(m < M) & (at >= 0) & more)
+    else:
+        return gl.load(pointers, mask=(m < M) & (at < end) & more, other=0)
+
+
+@gluon.jit(do_not_specialize=["M"])
+def _decode(x_ptr, w_ptr, scale_ptr, zero_ptr, bias_ptr, y_ptr, part_ptr, count_ptr, N, row_words, groups, split, M,
+            KIND: gl.constexpr, BF16: gl.constexpr, GROUP: gl.constexpr, ZERO: gl.constexpr, BIAS: gl.constexpr,
+            EVEN: gl.constexpr, ALIGN: gl.constexpr, PDL: gl.constexpr, FROZEN: gl.constexpr, SPLIT: gl.constexpr,
+            BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, LANE_WORDS: gl.constexpr, UNROLL: gl.constexpr,
+            CHAINS: gl.constexpr, WARPS_N: gl.constexpr, WARPS_K: gl.constexpr, AHEAD: gl.constexpr):  # fmt: skip
+    """y (M, N) = x (M, K) @ w (N, K).T * scale + bias; a program BLOCK_N rows of w and part ``split`` of K.
+
+    Warps lie WARPS_N along N by WARPS_K along K, where each lane also keeps CHAINS sums: in a step every chain
+    takes the next 4 * LANE_WORDS * UNROLL words of each row, which for grouped formats lie within one group. The
+    next step's loads are under way during a step: the weight's (AHEAD >= 1), and x's (AHEAD = 2). At the end the
+    chains are summed in order by a tree, the parts of K in order by the program that comes last.
+
+    row_words: words in a row of w, ALIGN of them taken for one. Rows past N repeat the last and are not stored.
+    """
+    DEPTH: gl.constexpr = CHAINS * WARPS_K
+    WIDTH: gl.constexpr = 4 * LANE_WORDS * UNROLL
+    PER_WORD: gl.constexpr = 8 if KIND == "int4" else 2 if KIND == "dense" else 4
+    X_WORDS: gl.constexpr = PER_WORD // 2  # of x, to a word of w
+    W_TILE: gl.constexpr = word_layout(LANE_WORDS, UNROLL, 16, BLOCK_N, WARPS_N, DEPTH, WARPS_K)
+    X_TILE: gl.constexpr = word_layout(LANE_WORDS * X_WORDS, UNROLL, 8, BLOCK_M, WARPS_N, DEPTH, WARPS_K)
+    ACC: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [WARPS_K, WARPS_N, 1], [1, 16, 8])
+    LEFT: gl.constexpr = gl.DotOperandLayout(0, ACC, 2)
+    RIGHT: gl.constexpr = gl.DotOperandLayout(1, ACC, 2)
+    if PDL:
+        gdc_launch_dependents()
+    tile = gl.program_id(0)
+    part = gl.program_id(1)
+    words = row_words * ALIGN
+    steps = (words + WIDTH * DEPTH - 1) // (WIDTH * DEPTH)
+    first = steps * part // split
+    last = steps * (part + 1) // split
+
+    r = gl.expand_dims(gl.arange(0, DEPTH * BLOCK_N, layout=gl.SliceLayout(1, W_TILE)), 1)
+    w_at = first * (DEPTH * WIDTH) + r // BLOCK_N * WIDTH + gl.expand_dims(
+        gl.arange(0, WIDTH, layout=gl.SliceLayout(0, W_TILE)), 0)  # fmt: skip
+    w_row = gl.minimum(tile * BLOCK_N + r % BLOCK_N, N - 1).to(gl.int64)
+    w_pointers = w_ptr + w_row * row_words * ALIGN + w_at
+    r = gl.expand_dims(gl.arange(0, DEPTH * BLOCK_M, layout=gl.SliceLayout(1, X_TILE)), 1)
+    x_at = first * (DEPTH * WIDTH * X_WORDS) + r // BLOCK_M * (WIDTH * X_WORDS) + gl.expand_dims(
+        gl.arange(0, WIDTH * X_WORDS, layout=gl.SliceLayout(0, X_TILE)), 0)  # fmt: skip
+    x_row = r % BLOCK_M
+    x_pointers = x_ptr + x_row * (row_words * X_WORDS) * ALIGN + x_at
+    if GROUP > 0:
+        BY_ROW: gl.constexpr = gl.SliceLayout(2, ACC)
+        s_chain = gl.expand_dims(gl.arange(0, DEPTH, layout=gl.SliceLayout(1, BY_ROW)), 1)
+        s_row = gl.expand_dims(gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, BY_ROW)), 0)
+        s_pointers = scale_ptr + gl.minimum(tile * BLOCK_N + s_row, N - 1)
+    if ZERO:
+        r = gl.arange(0, DEPTH * BLOCK_N, layout=gl.SliceLayout(1, W_TILE))
+        z_chain = r // BLOCK_N
+        z_pointers = zero_ptr + gl.minimum(tile * BLOCK_N + r % BLOCK_N, N - 1)
+
+    if PDL and not FROZEN:
+        gdc_wait()
+    w = load_words(w_pointers, w_at, words, True, EVEN)
+    if GROUP > 0:
+        scale = load_group(s_pointers, first * DEPTH + s_chain, groups, N, True, WIDTH * PER_WORD, GROUP)
+        if ZERO:
+            zero = load_group(z_pointers, first * DEPTH + z_chain, groups, N, True, WIDTH * PER_WORD, GROUP)
+    if PDL and FROZEN:
+        gdc_wait()
+    x = _load_x(x_pointers, x_at, words * X_WORDS, x_row, M, True, EVEN)
+    acc = gl.zeros([DEPTH, BLOCK_N, BLOCK_M], gl.float32, ACC)
+    for step in range(first, last):
+        more = step + 1 < last
+        w_now, x_now = w, x
+        if GROUP > 0:
+            scale_now = scale
+            if ZERO:
+                zero_now = zero
+        w_pointers += DEPTH * WIDTH
+        w_at += DEPTH * WIDTH
+        x_pointers += DEPTH * WIDTH * X_WORDS
+        x_at += DEPTH * WIDTH * X_WORDS
+        chain = (step + 1) * DEPTH
+        if AHEAD > 0:
+            w = load_words(w_pointers, w_at, words, more, EVEN)
+            if GROUP > 0:
+                scale = load_group(s_pointers, chain + s_chain, groups, N, more, WIDTH * PER_WORD, GROUP)
+                if ZERO:
+                    zero = load_group(z_pointers, chain + z_chain, groups, N, more, WIDTH * PER_WORD, GROUP)
+        if AHEAD > 1:
+            x = _load_x(x_pointers, x_at, words * X_WORDS, x_row, M, more, EVEN)
+        offset = 0
+        if KIND == "int4":
+            twice: gl.constexpr = 0x43004300 if BF16 else 0x64006400
+            if ZERO:
+                offset, _ = gl.broadcast(gl.expand_dims(twice + zero_now.to(gl.int32) * 0x10001, 1), w_now)
+            else:
+                offset = gl.full([DEPTH * BLOCK_N, WIDTH], twice + 0x80008, gl.int32, W_TILE)
+        left = fragments(w_now, offset, KIND, BF16, DEPTH * BLOCK_N, LANE_WORDS, UNROLL)
+        left = gl.convert_layout(left.reshape([DEPTH, BLOCK_N, WIDTH * PER_WORD]), LEFT)
+        low, high = halves(x_now, BF16)
+        right = in_order(gl.join(low, high), KIND, DEPTH * BLOCK_M, LANE_WORDS * PER_WORD, UNROLL)
+        right = right.reshape([DEPTH, BLOCK_M, WIDTH * PER_WORD]).permute([0, 2, 1])
+        right = gl.convert_layout(right, RIGHT)
+        if GROUP > 0:
+            product = mma_v2(left, right, gl.zeros([DEPTH, BLOCK_N, BLOCK_M], gl.float32, ACC))
+            acc += product * gl.expand_dims(scale_now, 2)
+        else:
+            acc = mma_v2(left, right, acc)
+        if AHEAD == 0:
+            w = load_words(w_pointers, w_at, words, more, EVEN)
+            if GROUP > 0:
+                scale = load_group(s_pointers, chain + s_chain, groups, N, more, WIDTH * PER_WORD, GROUP)
+                if ZERO:
+                    zero = load_group(z_pointers, chain + z_chain, groups, N, more, WIDTH * PER_WORD, GROUP)
+        if AHEAD < 2:
+            x = _load_x(x_pointers, x_at, words * X_WORDS, x_row, M, more, EVEN)
+    store_tile(gl.sum(acc, 0), tile, part, split, scale_ptr, bias_ptr, y_ptr, part_ptr, count_ptr, N, M,
+               KIND != "dense" and GROUP == 0, BIAS, SPLIT, BLOCK_N, BLOCK_M)  # fmt: skip
+
+
+# (BLOCK_N, num_warps, WARPS_N, words a lane in units of LANE_WORDS, AHEAD) for up to 8, 16 and 64 rows of x.
+_TILES = {
+    8: [
+        (16, 4, 1, 4, 2), (16, 4, 1, 4, 0), (16, 8, 1, 4, 0), (16, 4, 1, 8, 0), (16, 8, 1, 8, 0), (16, 8, 1, 2, 2),
+        (16, 2, 1, 4, 2), (16, 4, 1, 2, 2), (32, 4, 1, 2, 2), (32, 4, 1, 1, 2), (32, 2, 1, 2, 2), (32, 4, 2, 4, 2),
+        (64, 4, 4, 4, 2), (64, 4, 2, 2, 2),
+    ],
+    16: [
+        (16, 4, 1, 4, 2), (16, 4, 1, 4, 1), (16, 4, 1, 2, 2), (32, 4, 2, 4, 1), (32, 4, 2, 2, 2), (32, 4, 1, 2, 2),
+        (64, 4, 4, 4, 1), (64, 4, 4, 2, 2), (64, 8, 4, 4, 0), (64, 8, 4, 2, 1), (64, 4, 1, 1, 1), (64, 4, 2, 2, 1),
+        (128, 8, 8, 2, 1), (128, 4, 2, 1, 1),
+    ],
+    32: [
+        (64, 4, 2, 1, 1), (64, 8, 2, 1, 1), (64, 4, 4, 2, 0), (128, 4, 4, 1, 1), (128, 8, 4, 1, 1), (128, 8, 8, 2, 1),
+        (256, 8, 8, 1, 1),
+    ],
+}  # fmt: skip
+
+
+class TritonDecode(Fragments):
+    """Up to 64 rows, layout nk: bytes of the weight once through the registers, m16n8k16 on the tensor cores.
+
+    With x as the right operand the eight columns of an MMA are rows of x, so one to eight rows cost the same.
+    """
+
+    function = _decode
+    words = (0, 1)
+    most_rows = 64
+
+    def block_m(self, m: int) -> int:
+        return max(8, 1 << (m - 1).bit_length())
+
+    def step_words(self, config: Config) -> int:
+        return math.prod(int(config[name]) for name in ("LANE_WORDS", "UNROLL", "CHAINS", "WARPS_K")) * 4
+
+    def configs(self, problem: Problem, device: Device) -> Sequence[Config]:
+        rows, lane = self.block_m(problem.m), lane_words(problem)
+        per_word, group = PER_WORD[kind_of(problem)], problem.weight.group_size
+        found: list[Config] = []
+        for block_n, warps, warps_n, depth, ahead in _TILES[min(rows, 32)]:
+            unroll = min(depth, group // (4 * lane * per_word)) if group else depth
+            chains = min(depth // unroll, {8: 4, 16: 2}.get(rows, 1))
+            config = {
+                "BLOCK_N": block_n, "LANE_WORDS": lane, "UNROLL": unroll, "CHAINS": chains, "WARPS_N": warps_n,
+                "WARPS_K": warps // warps_n, "AHEAD": ahead, "num_warps": warps,
+            }  # fmt: skip
+            step = self.step_words(config) * per_word
+            if found and step >= 2 * problem.k:
+                continue
+            for split in splits(-(-problem.n // block_n), problem.k // step, device.units):
+                if {**config, "split": split} not in found:
+                    found.append({**config, "split": split})
+        return found
+
+    def default_config(self, problem: Problem, device: Device) -> Config:
+        return self.configs(problem, device)[0]
+
+    def estimate_us(self, problem: Problem, device: Device, config: Config) -> float:
+        return time_us(problem.bytes_moved, 0.95 * device.read_gbs, fixed_us=2.0)
+
+    def reduction(self, problem: Problem, config: Config) -> str:
+        step = " x ".join(str(config[name]) for name in ("LANE_WORDS", "UNROLL", "CHAINS", "WARPS_K"))
+        return f"fp32, MMAs of 16, {step} words of {problem.weight} a step, {config['split']} parts"
