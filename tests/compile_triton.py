@@ -20,8 +20,9 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from vecmat.device import Device
-from vecmat.kernels import registry
+from vecmat.kernels import _gluon, registry
 from vecmat.problem import DTYPES, Format, Problem
+from vecmat.weights import Weight
 
 SIZES = ((1, 4096, 4096), (1, 100, 90), (16, 4096, 4096), (17, 100, 90), (64, 14336, 4096), (2048, 4096, 14336))
 
@@ -45,12 +46,29 @@ class AbsentGpu:
 
 
 def problems() -> list[Problem]:
-    return [
+    dense = [
         Problem(m=m, n=n, k=k, x=x, weight=Format.make(x), layout=layout, out=x, bias=bias)
         for m, n, k in SIZES
         for x in ("bf16", "fp16")
         for layout, bias in (("nk", False), ("kn", True))
     ]
+    quantised = [
+        Problem(m=m, n=n, k=k, x=x, weight=Format.parse(fmt), out=x, bias=True)
+        for m, n, k in ((1, 4096, 4096), (16, 100, 96), (64, 14336, 4096))
+        for fmt, x in (("int8", "bf16"), ("int4:g128:zp", "fp16"), ("int4:g64", "bf16"), ("fp8", "bf16"))
+    ]
+    return dense + quantised
+
+
+def stored(problem: Problem) -> Weight:
+    """The problem's weight without numbers."""
+    n, k, fmt = problem.n, problem.k, problem.weight
+    width = -(-k // 2) if fmt.name == "int4" else k
+    shape = (n, width) if problem.layout == "nk" else (width, n)
+    scale = None if fmt.dense else torch.empty(n, fmt.groups(k), device="meta")
+    zero = None if fmt.symmetric else torch.empty(n, fmt.groups(k), dtype=torch.uint8, device="meta")
+    data = torch.empty(shape, dtype=fmt.dtype, device="meta")
+    return Weight(fmt, data, scale, zero, k=k, layout=problem.layout)
 
 
 def spills(compiled: triton.compiler.CompiledKernel) -> tuple[int, int]:
@@ -79,6 +97,7 @@ def main(names: list[str]) -> None:
         compiled.append(compile_and_launch(self, *args, grid=grid, warmup=True, **kwargs))
 
     JITFunction.run = only_compile
+    _gluon.arrivals = lambda index, count: torch.empty(count, dtype=torch.int32, device="meta")
     for device in map(Device.named, names):
         driver.set_active(AbsentGpu(device))
         for name, kernel in registry()[0].items():
@@ -90,8 +109,7 @@ def main(names: list[str]) -> None:
                 config = kernel.default_config(problem, device)
                 dtype = DTYPES[problem.x]
                 x = torch.empty(problem.m, problem.k, dtype=dtype, device="meta")
-                shape = (problem.n, problem.k) if problem.layout == "nk" else (problem.k, problem.n)
-                weight = torch.empty(shape, dtype=dtype, device="meta")
+                weight = kernel.operand(stored(problem))
                 bias = torch.empty(problem.n, dtype=dtype, device="meta") if problem.bias else None
                 kernel.bind(problem, device, config)(x, weight, bias)
                 registers, spilled = spills(compiled[-1])

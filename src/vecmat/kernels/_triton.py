@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import threading
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -148,7 +149,7 @@ class Launch:
             for place in self._words:
                 words = given[place]
                 assert words is not None
-                given[place] = (words.clone() if words.data_ptr() % 4 else words).view(torch.int32)
+                given[place] = (words.clone() if words.data_ptr() % 4 else words).reshape(-1).view(torch.int32)
             compiled = self._kernel[grid](*given, *fixed, *loose, **self._constants, **self._options)
         if compiled is not None and not bits & 15:  # the interpreter compiles nothing
             self._compiled[fixed] = compiled
@@ -164,32 +165,49 @@ def _on(index: int) -> contextlib.AbstractContextManager[object]:
 _HERE = contextlib.nullcontext()
 
 # Counters by which the programs that share one sum find out who comes last.
-_OWN: dict[tuple[int, int], Tensor] = {}  # (device, stream): for launches that run one after the other
-_SLABS: dict[int, Tensor] = {}  # device: for launches in CUDA graphs, each with a part of its own
+_COUNTERS: dict[tuple[int, int, int], Tensor] = {}  # (device, stream, the capture it is in or 0)
+_SLABS: dict[int, Tensor] = {}  # device: zeros for launches in CUDA graphs
 _SLAB_USED: dict[int, int] = {}
 _SLAB_LOCK = threading.Lock()
 _SLAB_WORDS = 1 << 20
+_LEAST = 1 << 11
 
 
 def arrivals(index: int, count: int) -> Tensor:
     """``count`` int32 zeros that no launch running at the same time uses; the kernel must leave them zero.
 
-    Launches on one stream run one after the other and share; a launch captured into a CUDA graph may be replayed on
-    any stream and gets counters of its own for good (from 4 MiB a device, then by a memset in the graph).
+    Launches on one stream run one after the other and share theirs; so do those captured on one stream into one CUDA
+    graph, which may be replayed on any stream beside other graphs and therefore has its own for good: from 4 MiB a
+    device, which suffice for 500 graphs; after that, zeroed by a memset in the graph at each launch.
     """
-    if torch.cuda.is_current_stream_capturing():
-        with _SLAB_LOCK:
-            start = _SLAB_USED.get(index, 0)
-            if index in _SLABS and start + count <= _SLAB_WORDS:
-                _SLAB_USED[index] = start + -(-count // 4) * 4
-                return _SLABS[index][start : start + count]
-        return torch.zeros(count, dtype=torch.int32, device=f"cuda:{index}")
     stream = torch._C._cuda_getCurrentRawStream(index)
-    mine = _OWN.get((index, stream))
-    if mine is None or mine.numel() < count:
-        place = torch.device("cuda", index)
-        if index not in _SLABS:
-            _SLABS[index] = torch.zeros(_SLAB_WORDS, dtype=torch.int32, device=place)
-            torch.cuda.current_stream(place).synchronize()  # graphs on other streams will read it
-        mine = _OWN[index, stream] = torch.zeros(max(count, 1 << 14), dtype=torch.int32, device=place)
+    capture = _capture(stream) if torch.cuda.is_current_stream_capturing() else 0
+    mine = _COUNTERS.get((index, stream, capture))
+    if mine is not None and mine.numel() >= count:
+        return mine
+    place, size = torch.device("cuda", index), max(count, _LEAST)
+    with _SLAB_LOCK:
+        if not capture:
+            if index not in _SLABS:
+                _SLABS[index] = torch.zeros(_SLAB_WORDS, dtype=torch.int32, device=place)
+                torch.cuda.current_stream(place).synchronize()  # graphs on other streams will use it
+            mine = torch.zeros(size, dtype=torch.int32, device=place)
+        else:
+            start = _SLAB_USED.get(index, 0)
+            if capture < 0 or index not in _SLABS or start + size > _SLAB_WORDS:
+                return torch.zeros(count, dtype=torch.int32, device=place)
+            _SLAB_USED[index] = start + size
+            mine = _SLABS[index][start : start + size]
+        _COUNTERS[index, stream, capture] = mine
     return mine
+
+
+def _capture(stream: int) -> int:
+    """The number that CUDA gives the capture a stream is in; -1 if it cannot be asked."""
+    status, number = ctypes.c_int(), ctypes.c_uint64()
+    try:
+        ask = ctypes.CDLL("libcuda.so.1").cuStreamGetCaptureInfo_v2
+    except (OSError, AttributeError):
+        return -1
+    failed = ask(ctypes.c_void_p(stream), ctypes.byref(status), ctypes.byref(number), None, None, None)
+    return -1 if failed or status.value != 1 else int(number.value)

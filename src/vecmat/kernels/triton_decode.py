@@ -152,23 +152,38 @@ def _decode(x_ptr, w_ptr, scale_ptr, zero_ptr, bias_ptr, y_ptr, part_ptr, count_
                KIND != "dense" and GROUP == 0, BIAS, SPLIT, BLOCK_N, BLOCK_M)  # fmt: skip
 
 
-# (BLOCK_N, num_warps, WARPS_N, words a lane in units of LANE_WORDS, AHEAD) for up to 8, 16 and 64 rows of x.
+# (BLOCK_N, num_warps, WARPS_N, LANE_WORDS that a lane takes a step, AHEAD) for up to 8, 16 and 64 rows of x.
 _TILES = {
     8: [
-        (16, 4, 1, 4, 2), (16, 4, 1, 4, 0), (16, 8, 1, 4, 0), (16, 4, 1, 8, 0), (16, 8, 1, 8, 0), (16, 8, 1, 2, 2),
-        (16, 2, 1, 4, 2), (16, 4, 1, 2, 2), (32, 4, 1, 2, 2), (32, 4, 1, 1, 2), (32, 2, 1, 2, 2), (32, 4, 2, 4, 2),
-        (64, 4, 4, 4, 2), (64, 4, 2, 2, 2),
+        (16, 4, 1, 4, 2), (16, 4, 1, 4, 0), (16, 8, 1, 4, 0), (16, 4, 1, 8, 0), (16, 8, 1, 8, 0), (16, 4, 1, 2, 2),
+        (32, 4, 1, 2, 2), (32, 4, 1, 1, 2), (64, 4, 4, 4, 2),
     ],
     16: [
-        (16, 4, 1, 4, 2), (16, 4, 1, 4, 1), (16, 4, 1, 2, 2), (32, 4, 2, 4, 1), (32, 4, 2, 2, 2), (32, 4, 1, 2, 2),
-        (64, 4, 4, 4, 1), (64, 4, 4, 2, 2), (64, 8, 4, 4, 0), (64, 8, 4, 2, 1), (64, 4, 1, 1, 1), (64, 4, 2, 2, 1),
+        (16, 4, 1, 4, 2), (16, 4, 1, 4, 1), (16, 4, 1, 2, 2), (32, 4, 1, 2, 2), (64, 8, 4, 4, 0), (64, 4, 1, 1, 1),
         (128, 8, 8, 2, 1), (128, 4, 2, 1, 1),
     ],
-    32: [
-        (64, 4, 2, 1, 1), (64, 8, 2, 1, 1), (64, 4, 4, 2, 0), (128, 4, 4, 1, 1), (128, 8, 4, 1, 1), (128, 8, 8, 2, 1),
-        (256, 8, 8, 1, 1),
-    ],
+    64: [(128, 8, 8, 2, 1), (64, 4, 4, 2, 0), (64, 8, 2, 1, 1)],
 }  # fmt: skip
+
+
+def _best_tile(problem: Problem, device: Device) -> tuple[int, int, int, int, int]:
+    """The tile that was best on an H200 (docs/measured.md), by how many strips of 16 rows come to a multiprocessor."""
+    m, kind, strips = problem.m, kind_of(problem), problem.n / 16 / device.units
+    if m <= 8:
+        if strips <= 1:
+            return (16, 8, 1, 8, 0)
+        if strips <= 2 and problem.k >= 2048:
+            return (16, 4, 1, 4, 2) if kind == "int4" else (16, 8, 1, 4, 0) if kind == "fp8" else (16, 4, 1, 8, 0)
+        if kind == "int4":
+            return (16, 4, 1, 2, 2) if problem.k < 2048 else (32, 4, 1, 2, 2) if strips <= 5 else (32, 4, 1, 1, 2)
+        return (16, 4, 1, 4, 0) if strips <= 5 else (16, 4, 1, 4, 2)
+    if m <= 16:
+        if strips <= 3:
+            return (16, 4, 1, 2, 2) if kind == "int4" and problem.k < 2048 else (16, 4, 1, 4, 2)
+        if kind == "fp8":
+            return (16, 4, 1, 4, 1)
+        return {"dense": (64, 8, 4, 4, 0), "int8": (128, 8, 8, 2, 1)}.get(kind, (128, 4, 2, 1, 1))
+    return (128, 8, 8, 2, 1) if m <= 32 else (64, 4, 4, 2, 0)
 
 
 class TritonDecode(Fragments):
@@ -188,29 +203,49 @@ class TritonDecode(Fragments):
         return math.prod(int(config[name]) for name in ("LANE_WORDS", "UNROLL", "CHAINS", "WARPS_K")) * 4
 
     def configs(self, problem: Problem, device: Device) -> Sequence[Config]:
-        rows, lane = self.block_m(problem.m), lane_words(problem)
-        per_word, group = PER_WORD[kind_of(problem)], problem.weight.group_size
         found: list[Config] = []
-        for block_n, warps, warps_n, depth, ahead in _TILES[min(rows, 32)]:
-            unroll = min(depth, group // (4 * lane * per_word)) if group else depth
-            chains = min(depth // unroll, {8: 4, 16: 2}.get(rows, 1))
-            config = {
-                "BLOCK_N": block_n, "LANE_WORDS": lane, "UNROLL": unroll, "CHAINS": chains, "WARPS_N": warps_n,
-                "WARPS_K": warps // warps_n, "AHEAD": ahead, "num_warps": warps,
-            }  # fmt: skip
-            step = self.step_words(config) * per_word
-            if found and step >= 2 * problem.k:
-                continue
-            for split in splits(-(-problem.n // block_n), problem.k // step, device.units):
-                if {**config, "split": split} not in found:
+        for tile in _TILES[min(rows for rows in _TILES if rows >= problem.m)]:
+            config = self._config(problem, tile)
+            step = self.step_words(config) * PER_WORD[kind_of(problem)]
+            for split in splits(-(-problem.n // tile[0]), problem.k // step, device.units):
+                if step < 2 * problem.k or tile[3] == 1:
                     found.append({**config, "split": split})
-        return found
+        default = self.default_config(problem, device)
+        return [default, *(config for place, config in enumerate(found) if config not in [default, *found[:place]])]
 
     def default_config(self, problem: Problem, device: Device) -> Config:
-        return self.configs(problem, device)[0]
+        block_n, warps, warps_n, depth, ahead = _best_tile(problem, device)
+        per_word = PER_WORD[kind_of(problem)]
+        if not problem.weight.symmetric:
+            depth = min(depth, 2)  # zero points need registers of their own
+        while True:
+            config = self._config(problem, (block_n, warps, warps_n, depth, ahead))
+            step = self.step_words(config) * per_word
+            # No deeper than K; and masks need registers of their own.
+            if depth == 1 or (step <= problem.k and (depth < 8 or problem.k % step == 0)):
+                return {**config, "split": splits(-(-problem.n // block_n), problem.k // step, device.units)[0]}
+            depth //= 2
+
+    def _config(self, problem: Problem, tile: tuple[int, int, int, int, int]) -> dict[str, int]:
+        block_n, warps, warps_n, depth, ahead = tile
+        lane, group = lane_words(problem), problem.weight.group_size
+        unroll = min(depth, group // (4 * lane * PER_WORD[kind_of(problem)])) if group else depth
+        chains = min(depth // unroll, {8: 4, 16: 2}.get(self.block_m(problem.m), 1))
+        return {
+            "BLOCK_N": block_n, "LANE_WORDS": lane, "UNROLL": unroll, "CHAINS": chains, "WARPS_N": warps_n,
+            "WARPS_K": warps // warps_n, "AHEAD": ahead, "num_warps": warps,
+        }  # fmt: skip
 
     def estimate_us(self, problem: Problem, device: Device, config: Config) -> float:
-        return time_us(problem.bytes_moved, 0.95 * device.read_gbs, fixed_us=2.0)
+        """As measured on an H200: the bytes at a share of the bandwidth that falls with the rows of x, and a start."""
+        m, int4 = problem.m, problem.weight.name == "int4"
+        if m <= 8:
+            share, fixed = 0.74 if int4 else 0.97, 2.1
+        elif m <= 16:
+            share, fixed = 0.5 if int4 else 0.95 if problem.weight.dense else 0.8, 4.2 if problem.weight.dense else 3.4
+        else:
+            share, fixed = 1 / (1.2 + (0.08 if int4 else 0.05) * m), 4.5
+        return time_us(problem.bytes_moved, share * device.read_gbs, fixed_us=fixed)
 
     def reduction(self, problem: Problem, config: Config) -> str:
         step = " x ".join(str(config[name]) for name in ("LANE_WORDS", "UNROLL", "CHAINS", "WARPS_K"))

@@ -125,10 +125,7 @@ def _warpgroups(x_ptr, w_ptr, scale_ptr, zero_ptr, bias_ptr, y_ptr, part_ptr, co
 
 
 # (BLOCK_N, num_warps, UNROLL)
-_TILES = [
-    (64, 4, 1), (64, 4, 2), (64, 4, 4), (128, 8, 1), (128, 8, 2), (128, 8, 4), (128, 4, 1), (256, 16, 1), (256, 16, 2),
-    (256, 8, 1),
-]  # fmt: skip
+_TILES = [(64, 4, 1), (64, 4, 2), (64, 4, 4), (128, 8, 1), (128, 8, 2)]
 
 
 class TritonWgmma(Fragments):
@@ -153,26 +150,38 @@ class TritonWgmma(Fragments):
         return super().rejects(problem, device)
 
     def configs(self, problem: Problem, device: Device) -> Sequence[Config]:
-        lane, per_word, group = lane_words(problem), PER_WORD[kind_of(problem)], problem.weight.group_size
-        found: list[Config] = []
-        for block_n, warps, depth in _TILES:
-            unroll = min(depth, group // (4 * lane * per_word)) if group else depth
-            config = {
-                "BLOCK_N": block_n, "LANE_WORDS": lane, "UNROLL": unroll, "WARPS": warps, "num_warps": warps,
-            }  # fmt: skip
-            step = self.step_words(config) * per_word
-            if step < 64 or (found and step >= 2 * problem.k):  # x is staged in rows of 128 bytes or more
+        found = [self.default_config(problem, device)]
+        for tile in _TILES if problem.m > 8 else []:  # fewer rows leave most of the instruction empty
+            config = self._config(problem, tile)
+            step = self.step_words(config) * PER_WORD[kind_of(problem)]
+            if step < 64:  # x is staged in rows of 128 bytes or more
                 continue
-            for split in splits(-(-problem.n // block_n), problem.k // step, device.units):
+            for split in splits(-(-problem.n // tile[0]), problem.k // step, device.units):
                 if {**config, "split": split} not in found:
                     found.append({**config, "split": split})
         return found
 
     def default_config(self, problem: Problem, device: Device) -> Config:
-        return self.configs(problem, device)[0]
+        """The tile that was best on an H200 (docs/measured.md)."""
+        if problem.weight.group_size:
+            tile = (128, 8, 1) if problem.m <= 32 or problem.n > 32 * device.units else (64, 4, 1)
+        else:
+            tile = (64, 4, 2)
+        config = self._config(problem, tile)
+        step = self.step_words(config) * PER_WORD[kind_of(problem)]
+        return {**config, "split": splits(-(-problem.n // tile[0]), problem.k // step, device.units)[-1]}
+
+    def _config(self, problem: Problem, tile: tuple[int, int, int]) -> dict[str, int]:
+        block_n, warps, depth = tile
+        lane, group = lane_words(problem), problem.weight.group_size
+        unroll = min(depth, group // (4 * lane * PER_WORD[kind_of(problem)])) if group else depth
+        return {"BLOCK_N": block_n, "LANE_WORDS": lane, "UNROLL": unroll, "WARPS": warps, "num_warps": warps}
 
     def estimate_us(self, problem: Problem, device: Device, config: Config) -> float:
-        return time_us(problem.bytes_moved, 0.7 * device.read_gbs, fixed_us=3.0)
+        """As measured on an H200: the bytes at a share of the bandwidth that falls with the rows of x, and a start."""
+        slope = 0.04 if problem.weight.name == "int4" else 0.022
+        share = 1 / (1.1 + slope * problem.m)
+        return time_us(problem.bytes_moved, share * device.read_gbs, fixed_us=3.5 + 0.07 * problem.m)
 
     def reduction(self, problem: Problem, config: Config) -> str:
         step = f"{config['LANE_WORDS']} x {config['UNROLL']} words of {problem.weight} a step"
