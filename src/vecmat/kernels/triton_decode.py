@@ -177,11 +177,11 @@ def _best_tile(problem: Problem, device: Device) -> tuple[int, int, int, int, in
         if kind == "int4":
             return (16, 4, 1, 2, 2) if problem.k < 2048 else (32, 4, 1, 2, 2) if strips <= 5 else (32, 4, 1, 1, 2)
         return (16, 4, 1, 4, 0) if strips <= 5 else (16, 4, 1, 4, 2)
+    if m <= 16 and kind == "fp8":
+        return (16, 4, 1, 4, 1)
     if m <= 16:
         if strips <= 3:
             return (16, 4, 1, 2, 2) if kind == "int4" and problem.k < 2048 else (16, 4, 1, 4, 2)
-        if kind == "fp8":
-            return (16, 4, 1, 4, 1)
         return {"dense": (64, 8, 4, 4, 0), "int8": (128, 8, 8, 2, 1)}.get(kind, (128, 4, 2, 1, 1))
     return (128, 8, 8, 2, 1) if m <= 32 else (64, 4, 4, 2, 0)
 
@@ -222,8 +222,9 @@ class TritonDecode(Fragments):
             config = self._config(problem, (block_n, warps, warps_n, depth, ahead))
             step = self.step_words(config) * per_word
             # No deeper than K; and masks need registers of their own.
-            if depth == 1 or (step <= problem.k and (depth < 8 or problem.k % step == 0)):
-                return {**config, "split": splits(-(-problem.n // block_n), problem.k // step, device.units)[0]}
+            if depth == 1 or (step < 2 * problem.k and (depth < 8 or problem.k % step == 0)):
+                parts = splits(-(-problem.n // block_n), problem.k // step, device.units)
+                return {**config, "split": parts[-1 if problem.m > 8 and problem.weight.name == "fp8" else 0]}
             depth //= 2
 
     def _config(self, problem: Problem, tile: tuple[int, int, int, int, int]) -> dict[str, int]:
@@ -238,13 +239,15 @@ class TritonDecode(Fragments):
 
     def estimate_us(self, problem: Problem, device: Device, config: Config) -> float:
         """As measured on an H200: the bytes at a share of the bandwidth that falls with the rows of x, and a start."""
-        m, int4 = problem.m, problem.weight.name == "int4"
+        m, dense, int4 = problem.m, problem.weight.dense, problem.weight.name == "int4"
         if m <= 8:
             share, fixed = 0.74 if int4 else 0.97, 2.1
+        elif m <= 16 and int4:
+            share, fixed = (0.42, 4.4) if config["BLOCK_N"] == 16 else (0.58, 3.4)
         elif m <= 16:
-            share, fixed = 0.5 if int4 else 0.95 if problem.weight.dense else 0.8, 4.2 if problem.weight.dense else 3.4
+            share, fixed = (0.95, 4.2) if dense else (0.8, 3.4)
         else:
-            share, fixed = 1 / (1.2 + (0.08 if int4 else 0.05) * m), 4.5
+            share, fixed = 1 / (1.2 + (0.08 if int4 else 0.05) * m), 4.5 + 0.12 * m
         return time_us(problem.bytes_moved, share * device.read_gbs, fixed_us=fixed)
 
     def reduction(self, problem: Problem, config: Config) -> str:

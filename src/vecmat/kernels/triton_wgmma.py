@@ -129,7 +129,7 @@ _TILES = [(64, 4, 1), (64, 4, 2), (64, 4, 4), (128, 8, 1), (128, 8, 2)]
 
 
 class TritonWgmma(Fragments):
-    """Up to 128 rows, layout nk, compute capability 9.0: x through shared memory, m64nMk16 on the tensor cores."""
+    """9 to 128 rows, layout nk, compute capability 9.0: x through shared memory, m64nMk16 on the tensor cores."""
 
     function = _warpgroups
     words = (1,)
@@ -144,6 +144,8 @@ class TritonWgmma(Fragments):
     def rejects(self, problem: Problem, device: Device) -> str | None:
         if device.kind == "cuda" and device.capability != 90:
             return f"warpgroup MMA is for compute capability 9.0; this is {device.arch}"
+        if problem.m <= 8:
+            return f"M={problem.m}; eight rows or fewer leave half of the instruction empty"
         group = problem.weight.group_size
         if group and group < 64:
             return f"groups of {group}; this kernel takes 64 values of a group at once"
@@ -151,7 +153,7 @@ class TritonWgmma(Fragments):
 
     def configs(self, problem: Problem, device: Device) -> Sequence[Config]:
         found = [self.default_config(problem, device)]
-        for tile in _TILES if problem.m > 8 else []:  # fewer rows leave most of the instruction empty
+        for tile in _TILES:
             config = self._config(problem, tile)
             step = self.step_words(config) * PER_WORD[kind_of(problem)]
             if step < 64:  # x is staged in rows of 128 bytes or more
@@ -164,12 +166,13 @@ class TritonWgmma(Fragments):
     def default_config(self, problem: Problem, device: Device) -> Config:
         """The tile that was best on an H200 (docs/measured.md)."""
         if problem.weight.group_size:
-            tile = (128, 8, 1) if problem.m <= 32 or problem.n > 32 * device.units else (64, 4, 1)
+            block_n, warps, depth = (128, 8, 1) if problem.m <= 32 or problem.n > 32 * device.units else (64, 4, 1)
         else:
-            tile = (64, 4, 2)
-        config = self._config(problem, tile)
+            block_n, warps, depth = 64, 4, 2
+        config = self._config(problem, (block_n, warps, depth))
         step = self.step_words(config) * PER_WORD[kind_of(problem)]
-        return {**config, "split": splits(-(-problem.n // tile[0]), problem.k // step, device.units)[-1]}
+        parts = splits(-(-problem.n // block_n), problem.k // step, device.units)
+        return {**config, "split": parts[-1 if warps == 4 and problem.m <= 32 else 0]}
 
     def _config(self, problem: Problem, tile: tuple[int, int, int]) -> dict[str, int]:
         block_n, warps, depth = tile
@@ -179,9 +182,9 @@ class TritonWgmma(Fragments):
 
     def estimate_us(self, problem: Problem, device: Device, config: Config) -> float:
         """As measured on an H200: the bytes at a share of the bandwidth that falls with the rows of x, and a start."""
-        slope = 0.04 if problem.weight.name == "int4" else 0.022
-        share = 1 / (1.1 + slope * problem.m)
-        return time_us(problem.bytes_moved, share * device.read_gbs, fixed_us=3.5 + 0.07 * problem.m)
+        slope = 0.036 if problem.weight.name == "int4" else 0.012
+        share = 1 / (1 + slope * problem.m)
+        return time_us(problem.bytes_moved, share * device.read_gbs, fixed_us=4.5 + 0.1 * problem.m)
 
     def reduction(self, problem: Problem, config: Config) -> str:
         step = f"{config['LANE_WORDS']} x {config['UNROLL']} words of {problem.weight} a step"
