@@ -11,7 +11,7 @@ import importlib
 import importlib.util
 from typing import TYPE_CHECKING, Any
 
-from . import tables
+from . import library, tables  # noqa: F401 - library defines the operators that torch.compile traces
 from ._version import VERSION
 from .errors import NoKernelError, TableMissError, VecmatWarning
 from .nn import Linear, convert

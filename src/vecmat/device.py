@@ -80,6 +80,11 @@ class Device:
         return KNOWN[name]
 
 
+def capturing(tensor: torch.Tensor) -> bool:
+    """Whether what is done with a tensor now is captured into a CUDA graph and not done before the graph's replay."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def _known(name: str, arch: str, sms: int, shared_kib: int, l2_mib: int, gbs: float, t16: float, t32: float, t8: float,
            kind: Kind = "cuda") -> Device:  # fmt: skip
     return Device(

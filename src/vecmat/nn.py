@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
-from .ops import check_compute, matmul_stored
+from .ops import check_compute, matmul_stored, trace
+from .packs import forget_packs, is_captured
 from .problem import DTYPE_NAMES, Format, Layout
 from .weights import Weight, check_layout, quantize, resolve_format
 
@@ -123,6 +125,11 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """y (..., N) for x (..., K)."""
+        if is_compiling():
+            scale = self._buffers.get("weight_scale")
+            fmt, zero = (None, None) if scale is None else (self.format, self._buffers["weight_zero"])
+            k, layout = self.in_features, self.layout
+            return trace(x, self.weight, scale, zero, self.bias, fmt, k, layout, compute=self.compute)
         weight = self._weight
         if weight is None or not self._holds(weight):
             weight = self.stored()
@@ -164,9 +171,12 @@ class Linear(nn.Module):
             return
         before = {} if self.format.dense else {name: getattr(self, name) for name in _PARTS.values()}
         saved = {name: tensor.clone() for name, tensor in before.items() if tensor is not None}
+        if is_captured(self.weight):  # a graph that finds the data where it was replays the old packed copy
+            self.weight.data = self.weight.data.clone()
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+        forget_packs(self.weight)
         self._weight = None
         try:
             self.stored()

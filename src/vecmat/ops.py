@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, get_num_threads, is_grad_enabled
 from torch.compiler import is_compiling
-from torch.nn import functional as F
 
 from .device import Device
 from .dispatch import Candidate, Plan, candidates, choose, first_run
@@ -63,7 +62,7 @@ def matmul(
         plan = key = None
     if plan is not None:
         return plan.run(x, plan.operand(weight) if stored else weight, bias)  # type: ignore[no-any-return]
-    return _first(x, weight, bias, key, layout=layout, out_dtype=out_dtype, kernel=kernel, compute=compute)
+    return first(x, weight, bias, key, layout=layout, out_dtype=out_dtype, kernel=kernel, compute=compute)
 
 
 def matmul_stored(x: Tensor, weight: Weight, bias: Tensor | None, compute: str | None) -> Tensor:
@@ -72,8 +71,6 @@ def matmul_stored(x: Tensor, weight: Weight, bias: Tensor | None, compute: str |
     In a model every layer's weight drives Python's own data out of the cache, so each step here costs several times
     what a loop over one small layer shows (docs/measured.md).
     """
-    if is_compiling():
-        return _traced(x, weight, bias, "nk", None, None, compute)
     grad = is_grad_enabled() and (
         x.requires_grad or weight.data.requires_grad or (bias is not None and bias.requires_grad)
     )
@@ -84,12 +81,13 @@ def matmul_stored(x: Tensor, weight: Weight, bias: Tensor | None, compute: str |
     plan = scope().plans.get(key)
     if plan is not None:
         return plan.run(x, plan.operand(weight), bias)  # type: ignore[no-any-return]
-    return _first(x, weight, bias, key, compute=compute)
+    return first(x, weight, bias, key, compute=compute)
 
 
-def _first(
+def first(
     x: Tensor, weight: Tensor | Weight, bias: Tensor | None, key: Any, *, layout: Layout = "nk",
     out_dtype: torch.dtype | None = None, kernel: str | None = None, compute: str | None = None,
+    may_tune: bool = True,
 ) -> Tensor:  # fmt: skip
     """The first call of a problem: checked, chosen, run, and memoised under ``key``."""
     problem, device = bind_problem(x, weight, bias, layout=layout, out_dtype=out_dtype, compute=compute)
@@ -98,9 +96,8 @@ def _first(
             some = dataclasses.replace(problem, m=max(1, problem.m), n=max(1, problem.n), k=max(1, problem.k))
             choose(some, device, kernel=kernel)
         return _empty(x, problem, bias, out_dtype)
-    return first_run(
-        choose(problem, device, kernel=kernel, may_tune=True), key, x, weight, bias, named=kernel is not None
-    )
+    plan = choose(problem, device, kernel=kernel, may_tune=may_tune)
+    return first_run(plan, key, x, weight, bias, named=kernel is not None)
 
 
 def _empty(x: Tensor, problem: Problem, bias: Tensor | None, out_dtype: torch.dtype | None) -> Tensor:
@@ -113,16 +110,35 @@ def _traced(
     x: Tensor, weight: Tensor | Weight, bias: Tensor | None, layout: Layout, out_dtype: torch.dtype | None,
     kernel: str | None, compute: str | None,
 ) -> Tensor:  # fmt: skip
-    """The product as plain torch operations, for ``torch.compile`` and ``torch.export`` to trace."""
-    if kernel is not None or compute is not None:
-        raise ValueError("matmul: kernel= and compute= do not work inside torch.compile")
+    """What ``torch.compile`` and ``torch.export`` see of a call of ``matmul``."""
     if isinstance(weight, Weight):
-        dense = weight.dequantize(x.dtype)
-        layout = weight.layout
-    else:
-        dense = weight
-    y = F.linear(x, dense.t() if layout == "kn" else dense, bias)
-    return y if out_dtype is None else y.to(out_dtype)
+        fmt = None if weight.format.dense else weight.format
+        parts = weight.data, weight.scale, weight.zero
+        return trace(x, *parts, bias, fmt, weight.k, weight.layout, out_dtype, kernel, compute)
+    check_layout("matmul", layout)
+    if weight.dtype != x.dtype:
+        raise TypeError(f"matmul: weight is {weight.dtype} but x is {x.dtype}; cast one, or make a Weight of it")
+    return trace(x, weight, None, None, bias, None, x.shape[-1], layout, out_dtype, kernel, compute)
+
+
+def trace(
+    x: Tensor, data: Tensor, scale: Tensor | None, zero: Tensor | None, bias: Tensor | None, fmt: Format | None,
+    k: int, layout: Layout, out_dtype: torch.dtype | None = None, kernel: str | None = None,
+    compute: str | None = None,
+) -> Tensor:  # fmt: skip
+    """A call of ``matmul`` as the operators that ``library.py`` defines, for a Weight given by its tensors.
+
+    fmt: None for a dense weight. ``vecmat::matmul`` is opaque to the compiler and chooses a kernel when it runs. A
+    dense weight is given to ``vecmat::linear``, which becomes torch's own product, or ``vecmat::matmul`` where another
+    kernel would be chosen.
+    """
+    operators = torch.ops.vecmat
+    if fmt is None and kernel is None and compute is None:
+        return operators.linear(x, data, bias, layout, out_dtype)  # type: ignore[no-any-return]
+    name, layout = (dense_format(data.dtype).text, layout) if fmt is None else (fmt.text, "nk")
+    return operators.matmul(  # type: ignore[no-any-return]
+        x, data, scale, zero, bias, name, k, layout, out_dtype, kernel, compute
+    )
 
 
 def bind_problem(
@@ -140,29 +156,9 @@ def bind_problem(
             wanted = "a tensor or a vecmat.Weight" if name == "weight" else "a tensor"
             raise TypeError(f"matmul: {name} is {type(value).__name__}; expected {wanted}")
     signature = _signature(weight, layout)
-    if x.dtype not in DTYPE_NAMES:
-        raise TypeError(f"matmul: x is {x.dtype}; expected {', '.join(map(str, DTYPE_NAMES))}")
-    told = f"(x {_told(x)}, weight {_told(weight)})"
-    if x.dim() == 0:
-        raise ValueError(f"matmul: x has no dimensions; expected (..., K) {told}")
-    if x.shape[-1] != signature.k:
-        raise ValueError(f"matmul: weight has K={signature.k} but x has K={x.shape[-1]} {told}")
-    if signature.device != x.device:
-        raise ValueError(f"matmul: weight is on {signature.device} but x is on {x.device} {told}")
-    if isinstance(weight, Tensor) and weight.dtype != x.dtype:
-        raise TypeError(
-            f"matmul: weight is {weight.dtype} but x is {x.dtype}; cast one, or make a Weight of it with "
-            f"vecmat.quantize to keep its storage {told}"
-        )
-    if bias is not None:
-        if tuple(bias.shape) != (signature.n,):
-            raise ValueError(f"matmul: bias has shape {tuple(bias.shape)}; expected ({signature.n},) {told}")
-        if bias.dtype != x.dtype:
-            raise TypeError(f"matmul: bias is {bias.dtype}; expected x's {x.dtype} {told}")
-        if bias.device != x.device:
-            raise ValueError(f"matmul: bias is on {bias.device} but x is on {x.device} {told}")
-    if out_dtype is not None and out_dtype not in DTYPE_NAMES:
-        raise TypeError(f"matmul: out_dtype is {out_dtype}; expected {', '.join(map(str, DTYPE_NAMES))}")
+    about = f"{signature.format} {tuple(weight.shape)}"
+    own = weight.dtype if isinstance(weight, Tensor) else None
+    check_call(x, bias, out_dtype, n=signature.n, k=signature.k, device=signature.device, own=own, weight=about)
     wants_grad = is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, bias, weight.data if isinstance(weight, Weight) else weight)
     )
@@ -182,6 +178,39 @@ def bind_problem(
         grad=wants_grad,
     )
     return problem, Device.of(x.device)
+
+
+def check_call(
+    x: Tensor, bias: Tensor | None, out_dtype: torch.dtype | None, *, n: int, k: int, device: torch.device,
+    own: torch.dtype | None = None, weight: str,
+) -> None:  # fmt: skip
+    """Raise what ``matmul`` raises where x, bias or out_dtype does not fit a weight (N, K).
+
+    own: the dtype of a plain tensor, which must be x's; None for a ``Weight``. weight: what a message calls it.
+    """
+    if x.dtype not in DTYPE_NAMES:
+        raise TypeError(f"matmul: x is {x.dtype}; expected {', '.join(map(str, DTYPE_NAMES))}")
+    told = f"(x {_told(x)}, weight {weight})"
+    if x.dim() == 0:
+        raise ValueError(f"matmul: x has no dimensions; expected (..., K) {told}")
+    if x.shape[-1] != k:
+        raise ValueError(f"matmul: weight has K={k} but x has K={x.shape[-1]} {told}")
+    if device != x.device:
+        raise ValueError(f"matmul: weight is on {device} but x is on {x.device} {told}")
+    if own not in (None, x.dtype):
+        raise TypeError(
+            f"matmul: weight is {own} but x is {x.dtype}; cast one, or make a Weight of it with "
+            f"vecmat.quantize to keep its storage {told}"
+        )
+    if bias is not None:
+        if tuple(bias.shape) != (n,):
+            raise ValueError(f"matmul: bias has shape {tuple(bias.shape)}; expected ({n},) {told}")
+        if bias.dtype != x.dtype:
+            raise TypeError(f"matmul: bias is {bias.dtype}; expected x's {x.dtype} {told}")
+        if bias.device != x.device:
+            raise ValueError(f"matmul: bias is on {bias.device} but x is on {x.device} {told}")
+    if out_dtype is not None and out_dtype not in DTYPE_NAMES:
+        raise TypeError(f"matmul: out_dtype is {out_dtype}; expected {', '.join(map(str, DTYPE_NAMES))}")
 
 
 def _signature(weight: Tensor | Weight, layout: Layout) -> Signature:

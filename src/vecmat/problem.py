@@ -24,11 +24,17 @@ class Format:
     name: "fp32", "bf16", "fp16", "int8", "int4" or "fp8" (e4m3).
     group_size: elements along K that share a scale; None for one scale per output channel (and for dense formats).
     symmetric: False where each group has a zero point too (int4 only).
+    text: what ``parse`` reads, such as "int4:g32:zp"; kept, because a tracing compiler can read it but not make it.
     """
 
     name: str
     group_size: int | None = None
     symmetric: bool = True
+    text: str = dataclasses.field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        group = f":g{self.group_size}" if self.group_size else ""
+        object.__setattr__(self, "text", self.name + group + ("" if self.symmetric else ":zp"))
 
     @staticmethod
     @functools.lru_cache(maxsize=256)
@@ -87,7 +93,7 @@ class Format:
         return data + n * self.groups(k) * (4 if self.symmetric else 5)
 
     def __str__(self) -> str:
-        return self.name + (f":g{self.group_size}" if self.group_size else "") + ("" if self.symmetric else ":zp")
+        return self.text
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

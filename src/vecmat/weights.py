@@ -24,8 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .device import capturing
 from .problem import DTYPE_NAMES, FP8_MAX, GROUP_SIZES, Format, Layout
 
+_DENSE = {dtype: Format(name) for dtype, name in DTYPE_NAMES.items()}
 _CHUNK = 1 << 24  # elements quantised at a time: 64 MiB of fp32 scratch
 
 
@@ -108,7 +110,8 @@ class Weight:
                 raise TypeError(f"Weight: {name} is {tensor.dtype}; expected {dtype}")
             if tensor.device != self.data.device:
                 raise ValueError(f"Weight: {name} is on {tensor.device} but data is on {self.data.device}")
-        if self.scale is not None and self.scale.device.type != "meta":
+        known = self.data.device.type != "meta" and not capturing(self.data)  # the values, not only the shapes
+        if self.scale is not None and known:
             good = torch.isfinite(self.scale) & (self.scale != 0)
             if not bool(good.all()):
                 row, group = (~good).nonzero()[0].tolist()
@@ -116,11 +119,11 @@ class Weight:
                     f"Weight: scale[{row}, {group}] is {self.scale[row, group].item()}; "
                     f"expected a finite number that is not zero"
                 )
-        if self.format.name == "fp8" and self.data.device.type != "meta":
+        if self.format.name == "fp8" and known:
             nan = (self.data.view(torch.uint8) & 127) == 127
             if bool(nan.any()):
                 raise ValueError("Weight: data has NaN; expected finite float8_e4m3fn values")
-        if self.zero is not None and self.zero.device.type != "meta" and bool((self.zero > 15).any()):
+        if self.zero is not None and known and bool((self.zero > 15).any()):
             raise ValueError(f"Weight: zero has a value of {int(self.zero.max())}; expected 0 to 15 for int4")
 
     @property
@@ -356,4 +359,4 @@ def dense_format(dtype: torch.dtype) -> Format:
     """The dense Format of a torch dtype. Raises ``TypeError`` for one that is no weight format."""
     if dtype not in DTYPE_NAMES:
         raise TypeError(f"weight is {dtype}; expected {', '.join(map(str, DTYPE_NAMES))} or a vecmat.Weight")
-    return Format(DTYPE_NAMES[dtype])
+    return _DENSE[dtype]

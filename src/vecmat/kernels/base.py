@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..device import Device
+from ..packs import packed
 from ..problem import Problem
 from ..weights import Weight
 
@@ -77,9 +78,7 @@ class Kernel(abc.ABC):
         if self.packing is None:
             return weight.data if weight.format.dense else weight
         pack = weight.packs.get(self.packing)
-        if pack is None:
-            pack = weight.packs[self.packing] = self.prepare(weight)
-        return pack
+        return packed(weight, self.packing, self.prepare) if pack is None else pack
 
 
 def flat(x: Tensor) -> Tensor:

@@ -72,7 +72,7 @@ class Fallback(Kernel):
             n = weight.n
             early, late = (None, bias) if config["widen"] else (bias, None)  # before the one rounding, in 16 bits
             if problem.grad or n <= step:
-                y = F.linear(rows, weight.rows(0, n, wide, scaled=not scale_last), early)
+                y = _linear(rows, weight.rows(0, n, wide, scaled=not scale_last), early)
             else:
                 y = torch.empty(rows.shape[0], n, dtype=wide, device=x.device)
                 for start in range(0, n, step):
@@ -90,6 +90,14 @@ class Fallback(Kernel):
             return finish(y, x, late, out_dtype)
 
         return run
+
+
+def _linear(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``F.linear`` in its arguments' dtype: autocast would narrow what was widened."""
+    if torch.is_autocast_enabled(rows.device.type):
+        with torch.autocast(rows.device.type, enabled=False):
+            return F.linear(rows, weight, bias)
+    return F.linear(rows, weight, bias)
 
 
 def _dense(data: Tensor, problem: Problem) -> Weight:
