@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import vecmat
 from cases import DENSE, FORMATS, computes, generator
 from oracle import Truth, exact
-from vecmat import library, packs
+from vecmat import library, packs, tuner
 from vecmat.kernels import registry
 from vecmat.problem import DTYPES
 
@@ -38,7 +38,7 @@ INDUCTOR = pytest.param(
         shutil.which("g++") is None and shutil.which("clang++") is None, reason="Inductor needs a C++ compiler"
     ),
 )
-GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
 @pytest.fixture(autouse=True)
@@ -381,7 +381,7 @@ def test_modes_and_autocast_do_what_they_do_in_eager(weights: str, mode: Callabl
 
 def test_a_vmapped_product_is_right_or_refused() -> None:
     rows = draw(5, 3, K)
-    for fmt, dtype in product(KINDS, (torch.float32, torch.bfloat16)):
+    for fmt, dtype in product(("bf16", "int8", "int4:g32:zp", "fp8"), (torch.float32, torch.bfloat16)):
         torch._dynamo.reset()
         weight, x = quantised(fmt), rows.to(dtype)
         expected = vecmat.matmul(x, weight)
@@ -389,11 +389,10 @@ def test_a_vmapped_product_is_right_or_refused() -> None:
         def one(x: Tensor, weight: vecmat.Weight = weight) -> Tensor:
             return vecmat.matmul(x, weight)
 
-        compiled = torch.compile(torch.vmap(one), backend="aot_eager", fullgraph=True)
-        torch.testing.assert_close(compiled(x), expected, rtol=2e-2, atol=2e-2)
-        torch.testing.assert_close(torch.vmap(one, 1, 1)(x.transpose(0, 1)).transpose(0, 1), expected) if (
-            dtype == torch.float32
-        ) else None
+        for dim in (0, 1):
+            compiled = torch.compile(torch.vmap(one, dim, dim), backend="aot_eager", fullgraph=True)
+            y = compiled(x.transpose(0, dim)).transpose(0, dim)
+            torch.testing.assert_close(y, expected, rtol=2e-2, atol=2e-2)
         try:
             eager = torch.vmap(one)(x)
         except RuntimeError as error:  # a kernel that needs x's memory
@@ -411,13 +410,13 @@ def test_a_vmapped_product_is_right_or_refused() -> None:
 
 
 @pytest.fixture
-def packing(monkeypatch: pytest.MonkeyPatch) -> tuple[str, list[vecmat.Weight]]:
-    """A kernel that packs int8 or int4 weights, and the weights that it has packed since."""
+def packing(monkeypatch: pytest.MonkeyPatch) -> tuple[str, list[torch.Size]]:
+    """A kernel that packs int8 weights, and the shapes of what it has packed since (the weights themselves may go)."""
     kernel = packing_kernel("int8")
-    packed: list[vecmat.Weight] = []
+    packed: list[torch.Size] = []
     prepare = registry()[0][kernel].prepare
     monkeypatch.setattr(
-        registry()[0][kernel], "prepare", lambda weight: packed.append(weight) or prepare(weight), raising=True
+        registry()[0][kernel], "prepare", lambda weight: packed.append(weight.data.shape) or prepare(weight)
     )
     return kernel, packed
 
@@ -464,6 +463,10 @@ CHANGES: dict[str, Callable[[vecmat.Linear, vecmat.Linear], object]] = {
     ),
     "scales in place": lambda layer, other: (layer.weight_scale.mul_(3), other.weight_scale.copy_(layer.weight_scale),
                                               other.weight.copy_(layer.weight)),
+    "new scales": lambda layer, other: (
+        other.weight.copy_(layer.weight), other.weight_scale.copy_(layer.weight_scale * 3),
+        setattr(layer, "weight_scale", other.weight_scale),
+    ),
     "new memory in the old tensor": lambda layer, other: (
         layer.weight.set_(other.weight), layer.weight_scale.set_(other.weight_scale)
     ),
@@ -510,6 +513,31 @@ def test_memory_that_is_given_to_another_weight_is_another_weight() -> None:
     assert len(set(places)) < len(places), "no address came twice; the test shows nothing"
 
 
+def test_memory_that_was_taken_from_under_a_tensor_is_another_weight() -> None:
+    """As sharded training takes it, and gives it to the next."""
+    kernel = packing_kernel("int8")
+    x = draw(2, K, dtype=torch.bfloat16)
+    scale, emptied, places = quantised("int8").scale, [], []
+    for attempt in range(20):
+        weight = vecmat.Weight("int8", quantised("int8", seed=str(attempt)).data, scale)
+        places.append(weight.data.data_ptr())
+        wrong = Truth.of(x, weight).verdict(OP(*asked(x, weight, kernel=kernel)))
+        assert wrong is None, wrong
+        weight.data.untyped_storage().resize_(0)
+        emptied.append(weight)  # still there, without its memory
+    assert len(set(places)) < len(places), "no address came twice; the test shows nothing"
+
+
+def test_one_memory_may_be_two_weights() -> None:
+    square, even = quantised("fp32", n=K), quantised("int4:g32")
+    other = vecmat.Weight("fp32", square.data, layout="kn")
+    odd = vecmat.Weight("int4:g32", even.data, even.scale, k=K - 1)
+    for weight in (square, other, square, even, odd, even):
+        x = draw(2, weight.k)
+        wrong = Truth.of(x, weight).verdict(OP(*asked(x, weight, kernel="fallback")))
+        assert wrong is None, wrong
+
+
 def test_packed_copies_go_with_the_tensor_they_were_made_of() -> None:
     kernel = packing_kernel("int8")
     x, weight = draw(2, K, dtype=torch.bfloat16), quantised("int8")
@@ -533,6 +561,19 @@ def test_a_bad_weight_is_refused_by_the_operator_too() -> None:
     weight.scale[3] = torch.nan
     with pytest.raises(ValueError, match=r"scale\[3, 0\] is nan"):
         OP(*arguments)
+
+
+def test_a_compiled_product_is_never_tuned(monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("tuned")
+
+    monkeypatch.setattr(tuner, "tune", never)
+    weight, x = quantised("int8"), draw(2, K, dtype=torch.bfloat16)
+    compiled = torch.compile(lambda x: vecmat.matmul(x, weight), backend="aot_eager", fullgraph=True)
+    with vecmat.tuning(budget_s=60):
+        compiled(x)
+        with pytest.raises(AssertionError, match="tuned"):
+            vecmat.matmul(draw(3, K, dtype=torch.bfloat16), weight)
 
 
 # Gradients.
@@ -628,6 +669,17 @@ def test_an_exported_model_agrees_saved_and_loaded_too(weights: str, strict: boo
             assert torch.equal(each.module()(tokens(*shape)), model(tokens(*shape)))
 
 
+def test_a_program_that_was_lowered_for_inference_refuses_to_train() -> None:
+    layer, x = vecmat.Linear.from_weight(quantised("int8")), draw(2, K)
+    program = torch.export.export(layer, (x,))
+    expected = draw(2, N) @ layer.stored().dequantize()
+    x.requires_grad_()
+    program.module()(x).backward(draw(2, N))
+    torch.testing.assert_close(x.grad, expected)
+    with pytest.raises(RuntimeError, match="no gradient, and x requires one"):
+        program.run_decompositions().module()(x)
+
+
 def test_an_exported_layer_packs_once(packing: Any) -> None:
     kernel, packed = packing
     weight, x = quantised("int8"), draw(2, K, dtype=torch.bfloat16)
@@ -645,6 +697,96 @@ def test_an_exported_layer_packs_once(packing: Any) -> None:
     for _ in range(3):
         assert Truth.of(x, weight).verdict(program(x)) is None
     assert len(packed) == 1
+
+
+# CUDA graphs.
+
+
+def decoder(weights: str) -> nn.Sequential:
+    """Two layers on the GPU with nothing between them that a compiler could fuse."""
+    layers = [vecmat.quantize(draw(n, k, dtype=torch.bfloat16) * 0.1, weights) for n, k in ((256, 128), (64, 256))]
+    return nn.Sequential(*(vecmat.Linear.from_weight(layer) for layer in layers)).requires_grad_(False).cuda()
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by one whenever the operator runs in Python, which a replayed CUDA graph does not."""
+    counted: list[int] = []
+    find = packs.twin_of
+    monkeypatch.setattr(library, "twin_of", lambda *arguments: counted.append(1) or find(*arguments))
+    return counted
+
+
+def replayed(compiled: Callable[[Tensor], Tensor], x: Tensor, runs: list[int]) -> Tensor:
+    """The result of a CUDA graph's replay: warm-up and recording come first."""
+    for _ in range(4):
+        torch.compiler.cudagraph_mark_step_begin()
+        compiled(x)
+    before = len(runs)
+    torch.compiler.cudagraph_mark_step_begin()
+    y = compiled(x).clone()
+    assert len(runs) == before, "the graph was not replayed"
+    assert not counters["inductor"]["cudagraph_skips"]
+    return y
+
+
+@gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("weights", ["bf16", *STORED])
+def test_a_replayed_cuda_graph_agrees_with_eager(weights: str, runs: list[int]) -> None:
+    model = decoder(weights)
+    compiled = torch.compile(model, mode="reduce-overhead", fullgraph=True)
+    with torch.no_grad():
+        for m in (1, 8):
+            x = draw(m, 128, dtype=torch.bfloat16).cuda()
+            torch.testing.assert_close(replayed(compiled, x, runs), model(x))
+
+
+@gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("weights", STORED)
+def test_a_cuda_graph_never_replays_an_old_weight(weights: str, runs: list[int]) -> None:
+    model, x = decoder(weights), draw(1, 128, dtype=torch.bfloat16).cuda()
+    other = copy.deepcopy(model)
+    for layer in other:
+        layer.weight_scale.mul_(2)
+    compiled = torch.compile(model, mode="reduce-overhead", fullgraph=True)
+    with torch.no_grad():
+        first = replayed(compiled, x, runs)
+        torch.testing.assert_close(first, model(x))
+        model.load_state_dict(other.state_dict())
+        torch.testing.assert_close(replayed(compiled, x, runs), other(x))
+        assert (other(x) - first).abs().max() > first.abs().max()
+        for _ in range(3):  # the memory of the old weights is free, and comes back as the new ones'
+            model.cpu()
+            model.cuda()
+            torch.testing.assert_close(replayed(compiled, x, runs), other(x))
+
+
+@gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("weights", ["int8", "int4:g128", "fp8"])
+def test_a_cuda_graph_of_a_function_that_holds_a_weight_is_right(weights: str, runs: list[int]) -> None:
+    """torch copies the weight into the graph's memory, so that it is another weight than in the warm-up run."""
+    weight = quantised(weights, n=64).to("cuda")
+    x = draw(1, K, dtype=torch.bfloat16).cuda()
+    compiled = torch.compile(lambda x: vecmat.matmul(x, weight), mode="reduce-overhead", fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(replayed(compiled, x, runs), vecmat.matmul(x, weight))
+
+
+@gpu
+@pytest.mark.gpu
+def test_a_copy_that_is_packed_during_a_capture_is_not_kept() -> None:
+    weight, x = quantised("int4:g128", n=64).to("cuda"), draw(1, K, dtype=torch.bfloat16).cuda()
+    vecmat.matmul(x, weight.copy(), kernel="torch_int4")
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = vecmat.matmul(x, weight, kernel="torch_int4")
+    assert not weight.packs  # what a capture makes exists in replays only
+    graph.replay()
+    torch.testing.assert_close(y, vecmat.matmul(x, weight, kernel="torch_int4"))
 
 
 # The page for users.

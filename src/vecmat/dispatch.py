@@ -175,8 +175,13 @@ def first_run(plan: Plan, key: Any, x: Tensor, weight: Any, bias: Tensor | None,
                 stacklevel=4,  # matmul's caller
             )
             continue
-        memo = scope().plans
-        if len(memo) >= 1 << 14:  # a server that meets ever new M: start over rather than grow without end
-            memo.clear()
-        memo[key] = plan
+        remember(key, plan)
         return y
+
+
+def remember(key: Any, plan: Plan) -> None:
+    """Memoise a plan in the settings in force."""
+    memo = scope().plans
+    if len(memo) >= 1 << 14:  # a server that meets ever new M: start over rather than grow without end
+        memo.clear()
+    memo[key] = plan

@@ -18,7 +18,7 @@ from torch import Tensor, get_num_threads
 from torch.nn import functional as F
 
 from .device import Device, capturing
-from .dispatch import choose
+from .dispatch import choose, remember
 from .errors import NoKernelError, TableMissError
 from .ops import check_call, check_compute, first
 from .packs import keep_for_replays, twin_of
@@ -45,6 +45,8 @@ def _matmul(
     layout: Layout, out_dtype: torch.dtype | None, kernel: str | None, compute: str | None,
 ) -> Tensor:  # fmt: skip
     """``vecmat.matmul`` of the Weight that the tensors are; the plans and packed copies are those of eager calls."""
+    if x.requires_grad and torch.is_grad_enabled():  # no autograd above: ``_matmul`` was called, not ``matmul``
+        raise RuntimeError("vecmat::_matmul has no gradient, and x requires one; this graph was made for inference")
     weight = twin_of(Format.parse(format), data, scale, zero, k, layout)
     key = (
         x.shape, x.dtype, x.device, weight.signature, layout, False, out_dtype, kernel, compute, get_num_threads(),
@@ -134,11 +136,13 @@ def _is_torchs(x: Tensor, weight: Tensor, bias: Tensor | None, layout: Layout, o
             m=max(1, rows), n=n, k=k, x=DTYPE_NAMES[x.dtype], weight=dense_format(weight.dtype), layout=layout,
             out=DTYPE_NAMES[out_dtype or x.dtype], bias=bias is not None, grad=grad,
         )  # fmt: skip
-        plans = scope().plans
-        try:
-            plan = plans.get((problem, device)) or plans.setdefault((problem, device), choose(problem, device))
-        except (NoKernelError, TableMissError):
-            return False  # raised again where it is run, if it is
+        plan = scope().plans.get((problem, device))
+        if plan is None:
+            try:
+                plan = choose(problem, device)
+            except (NoKernelError, TableMissError):
+                return False  # raised again where it is run, if it is
+            remember((problem, device), plan)
         if plan.kernel.name != "torch_dense":
             return False
     return True
