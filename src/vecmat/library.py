@@ -4,6 +4,9 @@
 ``vecmat::linear``  the same for a dense weight; traced through: torch's own product, or ``vecmat::matmul``
 ``vecmat::grad_x``  the gradient of ``vecmat::matmul`` for x, dy @ weight
 
+``format`` is a Format's text, and "" for a plain dense tensor, which may be anything of x's dtype, computed in the
+same graph too. What is called a Weight is stored: written to only as torch counts writes.
+
 A graph holds ``matmul``'s arguments and not the kernel: it is chosen when the operator runs, as in an eager call, and
 for the same plan. Which Weight the tensors are, and where its packed copies are, ``packs.py`` knows.
 """
@@ -21,17 +24,17 @@ from .device import Device, capturing
 from .dispatch import choose, remember
 from .errors import NoKernelError, TableMissError
 from .ops import check_call, check_compute, first
-from .packs import keep_for_replays, twin_of
+from .packs import Twin, keep_for_replays, twin_of
 from .problem import DTYPE_NAMES, Format, Layout, Problem
 from .settings import scope
-from .weights import check_layout, dense_format
+from .weights import Weight, check_layout, dense_format
 
 _STORED = "Tensor data, Tensor? scale, Tensor? zero"
 _SCHEMAS = {
     "matmul": f"(Tensor x, {_STORED}, Tensor? bias, str format, SymInt k, str layout, ScalarType? out_dtype, "
     "str? kernel, str? compute) -> Tensor",
     "grad_x": f"(Tensor dy, {_STORED}, str format, SymInt k, str layout, ScalarType dtype) -> Tensor",
-    "linear": "(Tensor x, Tensor weight, Tensor? bias, str layout, ScalarType? out_dtype) -> Tensor",
+    "linear": "(Tensor x, Tensor weight, Tensor? bias, str format, str layout, ScalarType? out_dtype) -> Tensor",
 }
 _SCHEMAS["_matmul"] = _SCHEMAS["matmul"]  # without a gradient: what ``matmul`` is below autograd, and cheaper to call
 
@@ -47,18 +50,25 @@ def _matmul(
     """``vecmat.matmul`` of the Weight that the tensors are; the plans and packed copies are those of eager calls."""
     if x.requires_grad and torch.is_grad_enabled():  # no autograd above: ``_matmul`` was called, not ``matmul``
         raise RuntimeError("vecmat::_matmul has no gradient, and x requires one; this graph was made for inference")
-    weight = twin_of(Format.parse(format), data, scale, zero, k, layout)
+    weight: Twin | None = None
+    if format:
+        weight = twin_of(Format.parse(format), data, scale, zero, k, layout)
+        about: Any = weight.signature
+    else:
+        about = data.shape, data.dtype, data.device
     key = (
-        x.shape, x.dtype, x.device, weight.signature, layout, False, out_dtype, kernel, compute, get_num_threads(),
+        x.shape, x.dtype, x.device, about, layout, False, out_dtype, kernel, compute, get_num_threads(),
         None if bias is None else (bias.shape, bias.dtype, bias.device),
     )  # fmt: skip
     plan = scope().plans.get(key)
     if plan is not None:
-        y = plan.run(x, plan.operand(weight), bias)
+        y = plan.run(x, data if weight is None else plan.operand(weight), bias)
     else:
+        stored = data.detach() if weight is None else weight
+        asked: Any = {"layout": layout, "out_dtype": out_dtype, "kernel": kernel, "compute": compute}
         with torch.no_grad():
-            y = first(x, weight, bias, key, out_dtype=out_dtype, kernel=kernel, compute=compute, may_tune=False)
-    if capturing(data):
+            y = first(x, stored, bias, key, **asked, may_tune=False)
+    if weight is not None and capturing(data):
         keep_for_replays(weight)
     return y  # type: ignore[no-any-return]
 
@@ -67,13 +77,26 @@ def _fake_matmul(
     x: Tensor, data: Tensor, scale: Tensor | None, zero: Tensor | None, bias: Tensor | None, format: str, k: int,
     layout: Layout, out_dtype: torch.dtype | None, kernel: str | None, compute: str | None,
 ) -> Tensor:  # fmt: skip
-    fmt = Format.parse(format)
-    check_layout("matmul", layout)
+    fmt, n, _ = _asked(x, data, bias, format, layout, out_dtype, k)
     check_compute(compute, fmt)
-    n, width = data.shape[::-1] if layout == "kn" else data.shape
-    k = k if fmt.name == "int4" else width
-    check_call(x, bias, out_dtype, n=n, k=k, device=data.device, weight=f"{fmt} ({n}, {k})")
     return x.new_empty((*x.shape[:-1], n), dtype=out_dtype or x.dtype)
+
+
+def _asked(
+    x: Tensor, data: Tensor, bias: Tensor | None, format: str, layout: Layout, out_dtype: torch.dtype | None,
+    k: int | None = None,
+) -> tuple[Format, int, int]:  # fmt: skip
+    """(format, N, K) of a weight and what is to be done with it; raises what ``matmul`` raises, by sizes alone."""
+    check_layout("matmul", layout)
+    fmt = Format.parse(format) if format else dense_format(data.dtype)
+    if data.dim() != 2:
+        raise ValueError(f"matmul: weight has shape {tuple(data.shape)}; expected two dimensions")
+    n, width = data.shape[::-1] if layout == "kn" else data.shape
+    k = k if k is not None and fmt.name == "int4" else width
+    own = None if format else data.dtype
+    shape = (k, n) if layout == "kn" else (n, k)
+    check_call(x, bias, out_dtype, n=n, k=k, device=data.device, own=own, weight=f"{fmt} {shape}")
+    return fmt, n, k
 
 
 def _grad_x(
@@ -81,7 +104,11 @@ def _grad_x(
     dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     """dy (..., N) @ weight (N, K) as ``dtype``: in fp32 on a CPU, else in dy's dtype; blocks are summed in fp32."""
-    weight = twin_of(Format.parse(format), data, scale, zero, k, layout)
+    weight: Weight
+    if format:
+        weight = twin_of(Format.parse(format), data, scale, zero, k, layout)
+    else:
+        weight = Weight(dense_format(data.dtype), data, layout=layout)
     wide = torch.float32 if dy.device.type == "cpu" else dy.dtype
     rows = dy.reshape(-1, weight.n).to(wide)
     step = max(1, _BLOCK // max(1, weight.k))
@@ -102,16 +129,13 @@ def _fake_grad_x(
     return dy.new_empty((*dy.shape[:-1], k), dtype=dtype)
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, layout: Layout, out_dtype: torch.dtype | None) -> Tensor:
-    check_layout("matmul", layout)
-    fmt = dense_format(weight.dtype)
-    if weight.dim() != 2:
-        raise ValueError(f"matmul: weight has shape {tuple(weight.shape)}; expected two dimensions")
-    n, k = weight.shape if layout == "nk" else weight.shape[::-1]
-    check_call(x, bias, out_dtype, n=n, k=k, device=weight.device, weight=f"{fmt} {tuple(weight.shape)}")
-    if _is_torchs(x, weight, bias, layout, out_dtype):
+def _linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, format: str, layout: Layout, out_dtype: torch.dtype | None
+) -> Tensor:
+    fmt, n, k = _asked(x, weight, bias, format, layout, out_dtype)
+    if _is_torchs(x, weight, bias, fmt, n, k, layout, out_dtype):
         return F.linear(x, weight if layout == "nk" else weight.t(), bias)
-    return _OP.matmul(x, weight, None, None, bias, str(fmt), k, layout, out_dtype, None, None)  # type: ignore[no-any-return]
+    return _OP.matmul(x, weight, None, None, bias, format, k, layout, out_dtype, None, None)  # type: ignore[no-any-return]
 
 
 def _hint(size: int | torch.SymInt) -> int | None:
@@ -120,20 +144,23 @@ def _hint(size: int | torch.SymInt) -> int | None:
     return known if isinstance(known, int) else None
 
 
-def _is_torchs(x: Tensor, weight: Tensor, bias: Tensor | None, layout: Layout, out_dtype: torch.dtype | None) -> bool:
+def _is_torchs(
+    x: Tensor, weight: Tensor, bias: Tensor | None, fmt: Format, n: int, k: int, layout: Layout,
+    out_dtype: torch.dtype | None,
+) -> bool:  # fmt: skip
     """Whether torch's own product is what would be chosen for a dense weight: for x's M, or for any if M is dynamic.
 
     A compiler may fuse that product with what is around it, and tune it; it has a gradient for the weight too.
     """
-    m, (n, k) = math.prod(x.shape[:-1]), map(_hint, weight.shape if layout == "nk" else weight.shape[::-1])
-    if n is None or k is None:
+    m, like = math.prod(x.shape[:-1]), (_hint(n), _hint(k))
+    if like[0] is None or like[1] is None:
         return True  # nothing is known of the weight; torch can multiply it
     tensors = [x, weight] if bias is None else [x, weight, bias]
     grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     device = Device.of(x.device)
     for rows in (m,) if isinstance(m, int) else _ANY_M:
         problem = Problem(
-            m=max(1, rows), n=n, k=k, x=DTYPE_NAMES[x.dtype], weight=dense_format(weight.dtype), layout=layout,
+            m=max(1, rows), n=like[0], k=like[1], x=DTYPE_NAMES[x.dtype], weight=fmt, layout=layout,
             out=DTYPE_NAMES[out_dtype or x.dtype], bias=bias is not None, grad=grad,
         )  # fmt: skip
         plan = scope().plans.get((problem, device))

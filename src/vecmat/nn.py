@@ -126,14 +126,21 @@ class Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """y (..., N) for x (..., K)."""
         if is_compiling():
-            scale = self._buffers.get("weight_scale")
-            fmt, zero = (None, None) if scale is None else (self.format, self._buffers["weight_zero"])
-            k, layout = self.in_features, self.layout
-            return trace(x, self.weight, scale, zero, self.bias, fmt, k, layout, compute=self.compute)
+            return self._traced(x)
         weight = self._weight
         if weight is None or not self._holds(weight):
             weight = self.stored()
         return matmul_stored(x, weight, self._parameters["bias"], self.compute)
+
+    def _traced(self, x: Tensor) -> Tensor:
+        """``forward`` as ``torch.compile`` and ``torch.export`` trace it: nothing but the layer's tensors and sizes."""
+        data, scale = self.weight, self._buffers.get("weight_scale")
+        if scale is not None:
+            format, zero = self.format.text, self._buffers["weight_zero"]
+        else:  # what torch.func puts in a parameter's place may be computed anew in each call: a plain tensor
+            stored = isinstance(data, nn.Parameter) or data.dtype != x.dtype
+            format, zero = DTYPE_NAMES[data.dtype] if stored else "", None
+        return trace(x, data, scale, zero, self.bias, format, self.in_features, self.layout, compute=self.compute)
 
     def _follow_dtype(self) -> None:
         """A dense layer's format is its weight's dtype, which ``.to(dtype)`` and loading may change."""

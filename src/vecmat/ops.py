@@ -112,32 +112,27 @@ def _traced(
 ) -> Tensor:  # fmt: skip
     """What ``torch.compile`` and ``torch.export`` see of a call of ``matmul``."""
     if isinstance(weight, Weight):
-        fmt = None if weight.format.dense else weight.format
         parts = weight.data, weight.scale, weight.zero
-        return trace(x, *parts, bias, fmt, weight.k, weight.layout, out_dtype, kernel, compute)
-    check_layout("matmul", layout)
-    if weight.dtype != x.dtype:
-        raise TypeError(f"matmul: weight is {weight.dtype} but x is {x.dtype}; cast one, or make a Weight of it")
-    return trace(x, weight, None, None, bias, None, x.shape[-1], layout, out_dtype, kernel, compute)
+        return trace(x, *parts, bias, weight.format.text, weight.k, weight.layout, out_dtype, kernel, compute)
+    return trace(x, weight, None, None, bias, "", x.shape[-1], layout, out_dtype, kernel, compute)
 
 
 def trace(
-    x: Tensor, data: Tensor, scale: Tensor | None, zero: Tensor | None, bias: Tensor | None, fmt: Format | None,
-    k: int, layout: Layout, out_dtype: torch.dtype | None = None, kernel: str | None = None,
-    compute: str | None = None,
+    x: Tensor, data: Tensor, scale: Tensor | None, zero: Tensor | None, bias: Tensor | None, format: str, k: int,
+    layout: Layout, out_dtype: torch.dtype | None = None, kernel: str | None = None, compute: str | None = None,
 ) -> Tensor:  # fmt: skip
     """A call of ``matmul`` as the operators that ``library.py`` defines, for a Weight given by its tensors.
 
-    fmt: None for a dense weight. ``vecmat::matmul`` is opaque to the compiler and chooses a kernel when it runs. A
+    format: "" for a plain tensor. ``vecmat::matmul`` is opaque to the compiler and chooses a kernel when it runs. A
     dense weight is given to ``vecmat::linear``, which becomes torch's own product, or ``vecmat::matmul`` where another
     kernel would be chosen.
     """
     operators = torch.ops.vecmat
-    if fmt is None and kernel is None and compute is None:
-        return operators.linear(x, data, bias, layout, out_dtype)  # type: ignore[no-any-return]
-    name, layout = (dense_format(data.dtype).text, layout) if fmt is None else (fmt.text, "nk")
+    if scale is None and kernel is None and compute is None:
+        return operators.linear(x, data, bias, format, layout, out_dtype)  # type: ignore[no-any-return]
+    layout = layout if scale is None else "nk"
     return operators.matmul(  # type: ignore[no-any-return]
-        x, data, scale, zero, bias, name, k, layout, out_dtype, kernel, compute
+        x, data, scale, zero, bias, format, k, layout, out_dtype, kernel, compute
     )
 
 

@@ -51,7 +51,7 @@ def twin_of(fmt: Format, data: Tensor, scale: Tensor | None, zero: Tensor | None
     found = _TWINS.get(place)
     if (
         found is not None
-        and found.data.data_ptr() == data.data_ptr()  # memory may be taken from under a tensor (``Tensor.set_``)
+        and found.data.data_ptr() == data.data_ptr()  # its memory may have been taken from under it
         and (found.format, found.k, found.layout) == (fmt, k, layout)
         and _same(found.scale, scale)
         and _same(found.zero, zero)
