@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import threading
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -119,7 +120,7 @@ class Launch:
     kept. Profilers' launch hooks do not see the short way.
     """
 
-    __slots__ = ("_compiled", "_constants", "_index", "_kernel", "_options", "_words")
+    __slots__ = ("_compiled", "_constants", "_index", "_kernel", "_options", "_short", "_words")
 
     def __init__(self, kernel: Any, device: Device, constants: Mapping[str, Any], *, words: Sequence[int] = (),
                  pdl: bool = False, **options: int) -> None:  # fmt: skip
@@ -128,6 +129,7 @@ class Launch:
         self._constants = dict(constants)
         self._options = {**options, "launch_pdl": True} if pdl else options
         self._compiled: dict[tuple[int, ...], Any] = {}
+        self._short = True
 
     def __call__(self, grid: tuple[int, int], tensors: Sequence[Tensor | None], fixed: tuple[int, ...],
                  *loose: int) -> None:  # fmt: skip
@@ -140,26 +142,36 @@ class Launch:
         with _on(self._index):
             if compiled is not None:
                 stream = torch._C._cuda_getCurrentRawStream(self._index)
-                compiled.run(
-                    grid[0], grid[1], 1, stream, compiled.function, compiled.packed_metadata, None, None, None,
-                    *addresses, *fixed, *loose, *self._constants.values(),
-                )  # fmt: skip
-                return
+                try:
+                    compiled.run(
+                        grid[0], grid[1], 1, stream, compiled.function, compiled.packed_metadata, None, None, None,
+                        *addresses, *fixed, *loose, *self._constants.values(),
+                    )  # fmt: skip
+                    return
+                except TypeError:  # a Triton whose launcher takes other arguments: the JIT knows them
+                    self._short = False
             given = list(tensors)
             for place in self._words:
                 words = given[place]
                 assert words is not None
                 given[place] = (words.clone() if words.data_ptr() % 4 else words).reshape(-1).view(torch.int32)
             compiled = self._kernel[grid](*given, *fixed, *loose, **self._constants, **self._options)
-        if compiled is not None and not bits & 15:  # the interpreter compiles nothing
+        if compiled is not None and not bits & 15 and self._short:  # the interpreter compiles nothing
             self._compiled[fixed] = compiled
+        elif not self._short:
+            self._compiled.clear()
 
 
 def _on(index: int) -> contextlib.AbstractContextManager[object]:
     """A context in which CUDA launches on the device of that index, whichever is current."""
-    if not torch.cuda.is_available() or index == torch.cuda.current_device():
+    if not _present() or index == torch.cuda.current_device():
         return _HERE
     return torch.cuda.device(index)
+
+
+@functools.lru_cache(maxsize=1)
+def _present() -> bool:
+    return torch.cuda.is_available()
 
 
 _HERE = contextlib.nullcontext()
