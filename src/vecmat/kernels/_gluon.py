@@ -189,13 +189,18 @@ def nibbles_to_floats(words, offset, BF16: gl.constexpr):
 
 
 @gluon.jit
-def fragments(words, offset, KIND: gl.constexpr, BF16: gl.constexpr, ROWS: gl.constexpr, LANE_WORDS: gl.constexpr,
-              UNROLL: gl.constexpr):  # fmt: skip
+def fragments(words, zero, KIND: gl.constexpr, BF16: gl.constexpr, ZERO: gl.constexpr, ROWS: gl.constexpr,
+              LANE_WORDS: gl.constexpr, UNROLL: gl.constexpr):  # fmt: skip
     """A tile of words (ROWS, 4 * LANE_WORDS * UNROLL) as 16-bit floats (ROWS, values), k in the order of the MMAs.
 
-    offset: zero points as ``nibbles_to_floats`` wants them, for int4 only.
+    zero: each row's zero point (ROWS,) if ZERO; int4 without has 8.
     """
     if KIND == "int4":
+        twice: gl.constexpr = 0x43004300 if BF16 else 0x64006400
+        if ZERO:
+            offset, _ = gl.broadcast(gl.expand_dims(twice + zero.to(gl.int32) * 0x10001, 1), words)
+        else:
+            offset = gl.full_like(words, twice + 0x80008)
         n0, n4, n1, n5, n2, n6, n3, n7 = nibbles_to_floats(words, offset, BF16)
         evens = gl.join(gl.join(n0, n4), gl.join(n2, n6))
         odds = gl.join(gl.join(n1, n5), gl.join(n3, n7))

@@ -105,6 +105,7 @@ def _decode(x_ptr, w_ptr, scale_ptr, zero_ptr, bias_ptr, y_ptr, part_ptr, count_
     for step in range(first, last):
         more = step + 1 < last
         w_now, x_now = w, x
+        zero_now = 0
         if GROUP > 0:
             scale_now = scale
             if ZERO:
@@ -122,14 +123,7 @@ def _decode(x_ptr, w_ptr, scale_ptr, zero_ptr, bias_ptr, y_ptr, part_ptr, count_
                     zero = load_group(z_pointers, chain + z_chain, groups, N, more, WIDTH * PER_WORD, GROUP)
         if AHEAD > 1:
             x = _load_x(x_pointers, x_at, words * X_WORDS, x_row, M, more, EVEN)
-        offset = 0
-        if KIND == "int4":
-            twice: gl.constexpr = 0x43004300 if BF16 else 0x64006400
-            if ZERO:
-                offset, _ = gl.broadcast(gl.expand_dims(twice + zero_now.to(gl.int32) * 0x10001, 1), w_now)
-            else:
-                offset = gl.full([DEPTH * BLOCK_N, WIDTH], twice + 0x80008, gl.int32, W_TILE)
-        left = fragments(w_now, offset, KIND, BF16, DEPTH * BLOCK_N, LANE_WORDS, UNROLL)
+        left = fragments(w_now, zero_now, KIND, BF16, ZERO, DEPTH * BLOCK_N, LANE_WORDS, UNROLL)
         left = gl.convert_layout(left.reshape([DEPTH, BLOCK_N, WIDTH * PER_WORD]), LEFT)
         low, high = halves(x_now, BF16)
         right = in_order(gl.join(low, high), KIND, DEPTH * BLOCK_M, LANE_WORDS * PER_WORD, UNROLL)

@@ -93,6 +93,7 @@ def _warpgroups(x_ptr, w_ptr, scale_ptr, zero_ptr, bias_ptr, y_ptr, part_ptr, co
         buffer = staged.index((step - first) % 2)
         buffer.store(in_order(x, KIND, BLOCK_M, LANE_WORDS * PER_WORD, UNROLL))
         w_now = w
+        zero_now = 0
         if GROUP > 0:
             scale_now = scale
             if ZERO:
@@ -105,14 +106,7 @@ def _warpgroups(x_ptr, w_ptr, scale_ptr, zero_ptr, bias_ptr, y_ptr, part_ptr, co
             scale = load_group(s_pointers, step + 1, groups, N, more, DEEP, GROUP)
             if ZERO:
                 zero = load_group(z_pointers, step + 1, groups, N, more, DEEP, GROUP)
-        offset = 0
-        if KIND == "int4":
-            twice: gl.constexpr = 0x43004300 if BF16 else 0x64006400
-            if ZERO:
-                offset, _ = gl.broadcast(gl.expand_dims(twice + zero_now.to(gl.int32) * 0x10001, 1), w_now)
-            else:
-                offset = gl.full([BLOCK_N, WIDTH], twice + 0x80008, gl.int32, W_TILE)
-        left = gl.convert_layout(fragments(w_now, offset, KIND, BF16, BLOCK_N, LANE_WORDS, UNROLL), LEFT)
+        left = gl.convert_layout(fragments(w_now, zero_now, KIND, BF16, ZERO, BLOCK_N, LANE_WORDS, UNROLL), LEFT)
         fence_async_shared()
         right = buffer.permute((1, 0))
         if GROUP > 0:
