@@ -18,7 +18,7 @@ from vecmat.problem import DTYPES, Format, Problem
 DENSE = ("fp32", "bf16", "fp16")
 FORMATS = (
     *DENSE, "int8", "int8:g32", "int8:g64", "int8:g128", "int4:g32", "int4:g64", "int4:g128",
-    "int4:g32:zp", "int4:g64:zp", "int4:g128:zp", "fp8",
+    "int4:g32:zp", "int4:g64:zp", "int4:g128:zp", "fp8", "fp8:g128",
 )  # fmt: skip
 ROWS = (0, 1, 2, 3, 7, 8, 16, 17, 64, 129)
 # (N, K): ones, odd numbers, what each torch kernel asks for (multiples of 16, of 128), more than one block of each.

@@ -99,7 +99,7 @@ def test_explain_options(argv: list[str], key: str, capsys: pytest.CaptureFixtur
         (["--device", "cuda:x"], "'cuda:x' is not known"),
         (["--weights", "int5"], "'int5' is not known"),
         (["--weights", "int4:q"], "'q' is no option"),
-        (["--weights", "fp8", "--group-size", "32"], "has no groups"),
+        (["--weights", "bf16", "--group-size", "32"], "has no groups"),
         (["--group-size", "48"], "group_size is 48"),
         (["--weights", "int4:g64", "--group-size", "32"], "group_size is 32"),
         (["--compute", "fp8"], "--compute fp8 needs --weights fp8"),

@@ -48,7 +48,7 @@ def report(failures: list[str]) -> None:
 def accepted_formats(kernel: str, device: str) -> list[tuple[str, str, str | None]]:
     """(format, x, compute) that a kernel accepts for a round problem; one group size of each kind is enough here."""
     found = []
-    for fmt in (*DENSE, "int8", "int8:g32", "int4:g64", "int4:g32:zp", "fp8"):
+    for fmt in (*DENSE, "int8", "int8:g32", "int4:g64", "int4:g32:zp", "fp8", "fp8:g128"):
         for x in DENSE:
             if fmt in DENSE and fmt != x:
                 continue
@@ -327,7 +327,7 @@ def test_every_config_is_right_for_every_m_of_its_bucket(kernel: str, device: st
     report(failures)
 
 
-@pytest.mark.parametrize("fmt", [*DENSE, "int8", "int8:g32", "int4:g128", "int4:g32:zp", "fp8"])
+@pytest.mark.parametrize("fmt", [*DENSE, "int8", "int8:g32", "int4:g128", "int4:g32:zp", "fp8", "fp8:g128"])
 @torch.inference_mode()
 def test_equal_reduction_strings_give_a_row_the_same_bits_whatever_m_is(fmt: str, device: str) -> None:
     failures = []

@@ -100,7 +100,7 @@ def test_a_model_without_linear_layers_or_a_bad_format_is_an_error_before_anythi
     for message, options in {
         "format 'int5' is not known": {"weights": "int5"},
         "group_size is 48; expected one of 32, 64, 128": {"weights": "int4", "group_size": 48},
-        "'fp8' has no groups": {"weights": "fp8", "group_size": 32},
+        "'bf16' has no groups": {"weights": "bf16", "group_size": 32},
         r"'int8' has no zero points": {"weights": "int8", "symmetric": False},
         r"compute='fp8' .* needs an fp8 weight": {"weights": "int8", "compute": "fp8"},
         "compute is 'int4'": {"weights": "int8", "compute": "int4"},

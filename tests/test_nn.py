@@ -263,3 +263,41 @@ def test_the_options_of_a_layer_are_checked_when_it_is_made() -> None:
         vecmat.Linear.from_linear(nn.Conv2d(1, 1, 1))
     with pytest.raises(ValueError, match=r"bias has shape \(3,\); expected \(8,\)"):
         vecmat.Linear.from_weight(vecmat.quantize(draw(8, 64), "int8"), torch.zeros(3))
+
+
+@pytest.mark.parametrize("weights", ["bf16", "int8", "int4:g32:zp"])
+def test_a_layer_with_an_order_gathers_the_columns_of_x_and_keeps_it_wherever_it_goes(
+    weights: str, device: str, tmp_path: Path
+) -> None:
+    linear = plain().to(device)
+    order = torch.randperm(64, generator=generator("order"))
+    ordered = vecmat.quantize(linear.weight[:, order], weights)
+    layer = vecmat.Linear.from_weight(ordered, linear.bias, order=order)
+    x = draw(2, 3, 64, dtype=torch.bfloat16).to(device)
+    dense = torch.empty_like(linear.weight, dtype=torch.float32)
+    dense[:, order.to(device)] = ordered.dequantize()
+    right(layer, x, dense, linear.bias)
+    torch.save(layer, tmp_path / "layer.pt")
+    whole = torch.load(tmp_path / "layer.pt", weights_only=False)
+    other = vecmat.Linear.from_weight(vecmat.quantize(torch.ones(32, 64, device=device), weights), linear.bias,
+                                      order=torch.arange(64))  # fmt: skip
+    other.load_state_dict(layer.state_dict())
+    for again in (copy.deepcopy(layer), whole, other, copy.deepcopy(layer).half().bfloat16()):
+        assert again.weight_order.dtype == torch.int32
+        assert torch.equal(again(x), layer(x))
+    assert "ordered=True" in repr(layer)
+    assert "weight_order" not in vecmat.Linear(64, 32, weights="int8").state_dict()
+
+
+def test_an_order_that_is_none_is_refused() -> None:
+    weight = vecmat.quantize(torch.ones(32, 64), "int8")
+    for wrong in (torch.zeros(64), torch.arange(63), torch.arange(64) + 1, torch.arange(64)[None]):
+        with pytest.raises(ValueError, match="expected each of 0 to 63 once"):
+            vecmat.Linear.from_weight(weight, order=wrong)
+    layer = vecmat.Linear.from_weight(weight, order=torch.arange(64).flip(0))
+    state = layer.state_dict()
+    with pytest.raises(RuntimeError, match="expected each of 0 to 63 once"):
+        layer.load_state_dict({**state, "weight_order": torch.zeros(64, dtype=torch.int32)})
+    with pytest.raises(RuntimeError, match=r"weight_order is torch.int64; .* expect torch.int32"):
+        layer.load_state_dict({**state, "weight_order": torch.arange(64)})
+    assert torch.equal(layer.weight_order, torch.arange(64, dtype=torch.int32).flip(0))

@@ -49,7 +49,7 @@ def test_formats_print_parse_and_count() -> None:
     assert Format("int4", 32).nbytes(3, 33) == 3 * 17 + 3 * 2 * 4
     assert Format("int4", 32, False).nbytes(3, 33) == 3 * 17 + 3 * 2 * 5
     assert [Format(name).dense for name in ("fp32", "bf16", "fp16", "int8", "fp8")] == [True, True, True, False, False]
-    for text in ("int4", "int2", "int8:g16", "int4:g32:x", "fp8:g32", "bf16:zp", "", "int8:g", "int8:zp"):
+    for text in ("int4", "int2", "int8:g16", "int4:g32:x", "fp8:g16", "bf16:g32", "bf16:zp", "", "int8:g", "int8:zp"):
         with pytest.raises(ValueError, match=r"format|group_size"):
             Format.parse(text)
 

@@ -79,7 +79,7 @@ def test_the_round_trip_error_is_at_most_half_a_step(fmt: str) -> None:
             ]
             cut = (steps - steps.clamp(low, high)).abs()
             half = torch.full_like(steps, 0.5)
-            if fmt == "fp8":  # e4m3 has 8 steps between powers of two, down to 2**-6
+            if weight.format.name == "fp8":  # e4m3 has 8 steps between powers of two, down to 2**-6
                 half = torch.ldexp(half, torch.frexp(steps).exponent.clamp(min=-5) - 4)
             error = (weight.dequantize(torch.float64) - w.double()).abs() / scale.abs()
             # The division w / scale is in fp32: a relative 2**-23 of the number of steps.

@@ -17,6 +17,7 @@ from .problem import DTYPE_NAMES, Format, Layout
 from .weights import Weight, check_layout, quantize, resolve_format
 
 _PARTS = {"data": "weight", "scale": "weight_scale", "zero": "weight_zero"}
+_ORDER = "weight_order"
 
 _HOOKS = (
     "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called",
@@ -36,6 +37,9 @@ class Linear(nn.Module):
     Their dtypes never change: ``.to(dtype)``, ``.half()`` and the like move them and cast only the bias. Loading a
     state_dict checks shapes, dtypes and scales. Change a quantised weight by ``load_state_dict`` or by assigning the
     buffers, not in place: kernels keep packed copies of it, which only a new tensor replaces.
+
+    A layer may hold ``weight_order`` too, int32 (K,): its weight's column j belongs to x's column weight_order[j], as
+    for a GPTQ checkpoint whose groups follow the activations. Each call then gathers x's columns first.
 
     A fresh layer's weight is drawn as ``torch.nn.Linear`` draws it.
     """
@@ -77,15 +81,22 @@ class Linear(nn.Module):
         return made
 
     @classmethod
-    def from_weight(cls, weight: Weight, bias: Tensor | None = None, *, compute: str | None = None) -> Linear:
-        """The Linear around a Weight and a bias (N,) or None."""
+    def from_weight(cls, weight: Weight, bias: Tensor | None = None, *, compute: str | None = None,
+                    order: Tensor | None = None) -> Linear:  # fmt: skip
+        """The Linear around a Weight, a bias (N,) or None, and the order (K,) of x's columns that the weight expects.
+
+        Raises ``ValueError`` for a bias or an order that does not fit.
+        """
         if bias is not None and tuple(bias.shape) != (weight.n,):
             raise ValueError(f"from_weight: bias has shape {tuple(bias.shape)}; expected ({weight.n},)")
+        if order is not None:
+            _check_order(order, weight.k)
+            order = order.to(device=weight.device, dtype=torch.int32)
         made = cls.__new__(cls)
-        made._set(weight, bias, compute)
+        made._set(weight, bias, compute, order)
         return made
 
-    def _set(self, weight: Weight, bias: Tensor | None, compute: str | None) -> None:
+    def _set(self, weight: Weight, bias: Tensor | None, compute: str | None, order: Tensor | None = None) -> None:
         check_compute(compute, weight.format)
         super().__init__()
         self.in_features, self.out_features = weight.k, weight.n
@@ -96,6 +107,7 @@ class Linear(nn.Module):
         else:
             for part, name in _PARTS.items():
                 self.register_buffer(name, getattr(weight, part))
+        self.register_buffer(_ORDER, order)
         if bias is None or isinstance(bias, nn.Parameter):
             self.register_parameter("bias", bias)
         else:
@@ -103,7 +115,7 @@ class Linear(nn.Module):
         self._weight: Weight | None = None
 
     def stored(self) -> Weight:
-        """The layer's Weight; it shares the layer's tensors."""
+        """The layer's Weight, columns in its own order; it shares the layer's tensors."""
         weight = self._weight
         if weight is not None and self._holds(weight):
             return weight
@@ -130,6 +142,9 @@ class Linear(nn.Module):
         weight = self._weight
         if weight is None or not self._holds(weight):
             weight = self.stored()
+        order = self._buffers.get(_ORDER)
+        if order is not None:
+            x = x.index_select(-1, order)
         return matmul_stored(x, weight, self._parameters["bias"], self.compute)
 
     def _traced(self, x: Tensor) -> Tensor:
@@ -151,6 +166,7 @@ class Linear(nn.Module):
         """What ``print(layer)`` shows between its brackets."""
         told = [f"in_features={self.in_features}, out_features={self.out_features}", f"weights={self.format}"]
         told += [f"bias={self.bias is not None}"] + ([f"layout={self.layout}"] if self.layout == "kn" else [])
+        told += ["ordered=True"] if self._buffers.get(_ORDER) is not None else []
         return ", ".join(told + ([f"compute={self.compute}"] if self.compute else []))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Linear:
@@ -169,7 +185,7 @@ class Linear(nn.Module):
                               missing_keys: list[str], unexpected_keys: list[str],
                               error_msgs: list[str]) -> None:  # fmt: skip
         miscast = []
-        for name in () if self.format.dense else _PARTS.values():
+        for name in (_ORDER,) if self.format.dense else (*_PARTS.values(), _ORDER):
             own, new = getattr(self, name), state_dict.get(prefix + name)
             if own is not None and new is not None and new.dtype != own.dtype:  # copy_ would cast it silently
                 miscast.append(f"{prefix}{name} is {new.dtype}; {self.format} weights expect {own.dtype}")
@@ -177,6 +193,7 @@ class Linear(nn.Module):
         if miscast:
             return
         before = {} if self.format.dense else {name: getattr(self, name) for name in _PARTS.values()}
+        before[_ORDER] = getattr(self, _ORDER)
         saved = {name: tensor.clone() for name, tensor in before.items() if tensor is not None}
         if is_captured(self.weight):  # a graph that finds the data where it was replays the old packed copy
             self.weight.data = self.weight.data.clone()
@@ -187,6 +204,8 @@ class Linear(nn.Module):
         self._weight = None
         try:
             self.stored()
+            if before[_ORDER] is not None:
+                _check_order(getattr(self, _ORDER), self.in_features)
         except (TypeError, ValueError) as error:
             error_msgs.append(f"{prefix}weight: {error}")
             for name, tensor in saved.items():  # a refused weight leaves the layer as it was
@@ -203,6 +222,16 @@ class Linear(nn.Module):
         memo[id(self)] = made
         made.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
         return made
+
+
+def _check_order(order: Tensor, k: int) -> None:
+    """Raise ``ValueError`` unless ``order`` holds each of 0 to K - 1 once."""
+    if order.device.type == "meta":
+        return
+    if tuple(order.shape) != (k,) or not torch.equal(order.long().sort().values, torch.arange(k, device=order.device)):
+        raise ValueError(
+            f"weight_order (shape {tuple(order.shape)}) is no order of {k} columns; expected each of 0 to {k - 1} once"
+        )
 
 
 def _layout_of(module: nn.Module) -> Layout | None:

@@ -59,7 +59,7 @@ class Format:
         """A checked Format. Raises ``ValueError`` for an unknown name or an option that the format does not have."""
         if name not in ("fp32", "bf16", "fp16", "int8", "int4", "fp8"):
             raise ValueError(f"weight format {name!r} is not known; known are fp32, bf16, fp16, int8, int4, fp8")
-        if group_size is not None and name not in ("int8", "int4"):
+        if group_size is not None and name in DTYPES:
             raise ValueError(f"weight format {name!r} has no groups, but group_size is {group_size!r}")
         if group_size is not None and group_size not in GROUP_SIZES:
             raise ValueError(f"group_size is {group_size!r}; expected one of {', '.join(map(str, GROUP_SIZES))}")

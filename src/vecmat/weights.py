@@ -9,7 +9,7 @@ dense   (N, K) or, with layout "kn", (K, N)      data[n, k]
 int8    int8 (N, K)                              data[n, k] * scale[n, g]
 int4    uint8 (N, ceil(K/2)), the even k in the  (nibble - 8) * scale[n, g], or
         low nibble                               (nibble - zero[n, g]) * scale[n, g] with zero points
-fp8     float8_e4m3fn (N, K)                     data[n, k] * scale[n, 0]
+fp8     float8_e4m3fn (N, K)                     data[n, k] * scale[n, g]
 ======  =======================================  ==========================================================
 
 ``scale`` is fp32 (N, groups), ``zero`` uint8 (N, groups). The scales that ``quantize`` makes lie on bf16's grid, so
@@ -240,7 +240,7 @@ def quantize(
 
     w: floating-point matrix, (N, K) with layout "nk" (as ``torch.nn.Linear`` keeps it) or (K, N) with "kn".
     format: "fp32", "bf16", "fp16", "int8", "int4" or "fp8"; "int4:g64" and the like name the group size too.
-    group_size: 32, 64 or 128 elements along K that share a scale. int8: None is one scale per output channel.
+    group_size: 32, 64 or 128 elements along K that share a scale. int8, fp8: None is one scale per output channel.
     int4: None takes the largest that divides K. The last group is short where K is not a multiple.
     symmetric: False gives each int4 group a zero point.
 

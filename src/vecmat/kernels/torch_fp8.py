@@ -23,6 +23,8 @@ class TorchFp8(Kernel):
     def rejects(self, problem: Problem, device: Device) -> str | None:
         if problem.weight.name != "fp8":
             return f"the weight is {problem.weight}; this kernel multiplies fp8"
+        if problem.weight.group_size is not None:
+            return f"the weight has scales in groups of {problem.weight.group_size}; torch takes one per channel"
         if problem.compute != "fp8":
             return "torch._scaled_mm needs fp8 x too; only compute='fp8' allows that"
         if problem.grad:
