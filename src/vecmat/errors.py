@@ -11,6 +11,10 @@ class VecmatWarning(UserWarning):
     """Something was set aside or replaced, the result is still right: a table ignored, a kernel demoted."""
 
 
+class CheckpointError(ValueError):
+    """A checkpoint that is damaged, hostile, or of a kind that is not read; the message names the file."""
+
+
 class TableMissError(LookupError):
     """No table has a row for this problem under ``settings(on_miss="error")``; the message shows the nearest rows."""
 
