@@ -76,7 +76,7 @@ def load(source: Source, dtype: torch.dtype, device: torch.device, advance: Adva
 
     folder = str(source.folder)
     try:
-        with quiet(advance), _quick_gguf(advance) if source.gguf else contextlib.nullcontext():
+        with quiet(advance), quick_gguf(advance) if source.gguf else contextlib.nullcontext():
             if source.gguf:  # AutoTokenizer would parse the whole file once more, only to come to this class
                 tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, gguf_file=source.gguf)
                 model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=source.gguf, dtype=dtype)
@@ -109,7 +109,7 @@ def quiet(advance: Advance) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quick_gguf(advance: Advance) -> Iterator[None]:
+def quick_gguf(advance: Advance) -> Iterator[None]:
     """Context in which transformers parses a GGUF file once and reports its progress.
 
     Left alone it parses the file's metadata for the config and again for the tensors, builds a map of tensor names
