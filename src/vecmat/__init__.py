@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import library, tables  # noqa: F401 - library defines the operators that torch.compile traces
 from ._version import VERSION
-from .errors import NoKernelError, TableMissError, VecmatWarning
+from .errors import CheckpointError, NoKernelError, TableMissError, VecmatWarning
 from .nn import Linear, convert
 from .ops import explain, matmul
 from .settings import Settings, settings
@@ -21,6 +21,8 @@ from .tuner import tuning
 from .weights import Weight, quantize
 
 if TYPE_CHECKING:
+    from . import checkpoints
+    from .checkpoints import load
     from .deepspeed import BaseOp, DeepSpeedInferenceConfig, VectorMatMulOp
 
     HAS_TRITON: bool
@@ -29,6 +31,7 @@ __version__ = VERSION
 __all__ = [
     "HAS_TRITON",
     "BaseOp",
+    "CheckpointError",
     "DeepSpeedInferenceConfig",
     "Linear",
     "NoKernelError",
@@ -37,8 +40,10 @@ __all__ = [
     "VecmatWarning",
     "VectorMatMulOp",
     "Weight",
+    "checkpoints",
     "convert",
     "explain",
+    "load",
     "matmul",
     "quantize",
     "settings",
@@ -55,4 +60,7 @@ def __getattr__(name: str) -> Any:
             return False
     if name in ("BaseOp", "DeepSpeedInferenceConfig", "VectorMatMulOp"):
         return getattr(importlib.import_module(".deepspeed", __name__), name)
+    if name in ("checkpoints", "load"):
+        found = importlib.import_module(".checkpoints", __name__)
+        return found if name == "checkpoints" else found.load
     raise AttributeError(f"module 'vecmat' has no attribute {name!r}")

@@ -289,9 +289,7 @@ def convert(
     if "" in layers:
         raise ValueError("convert: the model is itself a linear layer; use vecmat.Linear.from_linear")
     check_compute(compute, resolve_format(weights, 128, group_size, symmetric))
-    if isinstance(skip, str):
-        raise TypeError(f"convert: skip is {skip!r}; expected a list of names, such as [{skip!r}]")
-    skipped = {id(layers[name]) for pattern in skip for name in _matching(pattern, layers)}
+    skipped = {id(layers[name]) for name in skipped_layers(skip, layers)}
     owners: dict[int, int] = {}
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
@@ -320,6 +318,13 @@ def convert(
         if progress is not None:
             progress(name, done, len(todo))
     return model
+
+
+def skipped_layers(skip: Iterable[str], layers: dict[str, nn.Module]) -> set[str]:
+    """The names of layers that ``convert``'s ``skip`` means; raises what it raises."""
+    if isinstance(skip, str):
+        raise TypeError(f"convert: skip is {skip!r}; expected a list of names, such as [{skip!r}]")
+    return {name for pattern in skip for name in _matching(pattern, layers)}
 
 
 def _matching(pattern: str, layers: dict[str, nn.Module]) -> list[str]:

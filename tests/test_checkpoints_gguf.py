@@ -1,0 +1,241 @@
+"""GGUF: every type of block against the gguf package's own dequantisation, and whole files."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import packing
+import vecmat
+from cases import generator
+from packing import HEADS, HIDDEN, INNER, KV_HEADS, VOCAB
+from vecmat import CheckpointError, models
+from vecmat.checkpoints.gguf import SCALE_AT, read_blocks
+from vecmat.checkpoints.source import open_source
+
+gguf = pytest.importorskip("gguf")
+np = pytest.importorskip("numpy")
+
+# The format that holds a type exactly; every other type is rounded once more.
+EXACT = {
+    "Q4_0": "int4:g32", "Q5_0": "int8:g32", "Q8_0": "int8:g32", "IQ4_NL": "int8:g32", "Q3_K": "int8:g128",
+    "TQ1_0": "int4:g128", "TQ2_0": "int4:g128",
+}  # fmt: skip
+# What rounding once more costs, the error's norm by the weight's, on random blocks: at most.
+ROUNDED = ("Q4_1", "Q5_1", "Q2_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS", "MXFP4")
+
+
+def kind_of(name: str) -> Any:
+    return gguf.GGMLQuantizationType[name]
+
+
+def blocks(name: str, n: int, k: int, seed: object = 0) -> Any:
+    """Random blocks (N, bytes) of a type: any bits, but scales that are finite and of a sane size."""
+    block, size = gguf.GGML_QUANT_SIZES[kind_of(name)]
+    count = n * k // block
+    data = packing.draw(0, 256, count, size, seed=(name, seed)).to(torch.uint8).numpy()
+    halves = {
+        "Q4_1": (0, 2), "Q5_1": (0, 2), "Q2_K": (80, 82), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,),
+        "IQ4_XS": (0,), "MXFP4": (),
+    }.get(name) or ((SCALE_AT[name],) if name in SCALE_AT else ())  # fmt: skip
+    for at in halves:
+        scale = packing.scales(count, seed=(name, at, seed)) * torch.where(torch.arange(count) % 3 == 0, -1, 1)
+        data[:, at : at + 2] = scale.half().numpy().view(np.uint8).reshape(count, 2)
+    if name == "MXFP4":
+        data[:, 0] = 120 + data[:, 0] % 8
+    return data.reshape(n, -1)
+
+
+def means(data: Any, name: str) -> Tensor:
+    """What the gguf package makes of blocks, fp32."""
+    return torch.from_numpy(gguf.dequantize(data, kind_of(name)))
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_blocks_of_one_scale_and_small_integers_are_exact(name: str) -> None:
+    data = blocks(name, 24, 512)
+    weight = read_blocks(data, kind_of(name))
+    assert str(weight.format) == EXACT[name]
+    assert torch.equal(weight.dequantize(), means(data, name))
+
+
+def test_q3_k_is_exact_where_a_scale_times_a_weight_is_128() -> None:
+    """-32 * -4, which no int8 is: the block's sign is turned."""
+    data = blocks("Q3_K", 4, 512)
+    data[:, :108] = 0  # scales of 0 - 32, weights of 0 - 4
+    weight = read_blocks(data, kind_of("Q3_K"))
+    assert str(weight.format) == "int8:g128"
+    assert int(weight.data.min()) == -128
+    assert torch.equal(weight.dequantize(), means(data, "Q3_K"))
+
+
+@pytest.mark.parametrize("name", ROUNDED)
+def test_other_blocks_are_rounded_once_more(name: str) -> None:
+    data = blocks(name, 24, 512)
+    weight, dense = read_blocks(data, kind_of(name)), means(data, name)
+    assert str(weight.format) == "int8:g32"
+    again = vecmat.quantize(dense, "int8:g32")
+    assert torch.equal(weight.dequantize(), again.dequantize())
+    assert 0 < (weight.dequantize() - dense).norm() < 0.007 * dense.norm()
+
+
+@pytest.mark.parametrize("name", ["Q4_0", "Q8_0", "Q5_0"])
+def test_what_the_package_itself_quantised_is_exact(name: str) -> None:
+    w = torch.randn(32, 256, generator=generator("gguf")).numpy()
+    data = gguf.quantize(w, kind_of(name))
+    assert torch.equal(read_blocks(data, kind_of(name)).dequantize(), means(data, name))
+    zeros = gguf.quantize(np.zeros((4, 64), np.float32), kind_of(name))
+    assert (read_blocks(zeros, kind_of(name)).dequantize() == 0).all()
+
+
+def test_many_rows_are_read_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vecmat.checkpoints.gguf._CHUNK", 512 * 5)
+    for name in ("Q4_0", "Q6_K"):
+        data = blocks(name, 24, 512)
+        weight = read_blocks(data, kind_of(name))
+        monkeypatch.undo()
+        assert torch.equal(weight.dequantize(), read_blocks(data, kind_of(name)).dequantize())
+
+
+def test_a_scale_that_is_nan_is_refused() -> None:
+    data = blocks("Q8_0", 4, 64)
+    data[2, 0:2] = 255
+    with pytest.raises(ValueError, match="a block's scale is inf or NaN"):
+        read_blocks(data, kind_of("Q8_0"))
+
+
+def write(path: Path, types: dict[str, str] | str, *, tied: bool = False, seed: int = 0, extra: bool = False) -> Any:
+    """Write a random Llama as a GGUF file, as llama.cpp lays it out; the dense model that it means.
+
+    types: of each layer's weight, by the last part of its name, or of all.
+    """
+    model = packing.llama(tied=tied, seed=seed)
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(2)
+    writer.add_context_length(128)
+    writer.add_embedding_length(HIDDEN)
+    writer.add_feed_forward_length(INNER)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(KV_HEADS)
+    writer.add_layer_norm_rms_eps(model.config.rms_norm_eps)
+    writer.add_rope_dimension_count(HIDDEN // HEADS)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(VOCAB)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2)
+    for name, parameter in model.named_parameters():
+        stem, _, last = name.rpartition(".")
+        values, kind = (
+            parameter.detach(),
+            types if isinstance(types, str) else types.get(stem.rpartition(".")[2], "F32"),
+        )
+        heads = {"q_proj": HEADS, "k_proj": KV_HEADS}.get(stem.rpartition(".")[2])
+        if isinstance(model.get_submodule(stem), torch.nn.Linear) and kind not in ("F32", "F16", "BF16"):
+            n, k = values.shape
+            data = blocks(kind, n, k, seed=name) if kind not in ("Q4_0", "Q8_0") else gguf.quantize(
+                _to_rope(values, heads).numpy(), kind_of(kind)
+            )  # fmt: skip
+            writer.add_tensor(f"{names.get_name(stem)}.{last}", data, raw_dtype=kind_of(kind))
+            parameter.copy_(_from_rope(means(data, kind), heads))
+        else:
+            moved = _to_rope(values, heads).contiguous().numpy()
+            writer.add_tensor(f"{names.get_name(stem)}.{last}", moved)
+    if extra:
+        writer.add_tensor("rope_freqs.weight", np.ones(8, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return model
+
+
+def _to_rope(w: Tensor, heads: int | None) -> Tensor:
+    """Rows in llama.cpp's order: of each head the first half's and the second half's take turns."""
+    return w if heads is None else w.view(heads, 2, -1, w.shape[1]).transpose(1, 2).reshape(w.shape)
+
+
+def _from_rope(w: Tensor, heads: int | None) -> Tensor:
+    return w if heads is None else w.view(heads, -1, 2, w.shape[1]).transpose(1, 2).reshape(w.shape)
+
+
+def logits(model: Any) -> Tensor:
+    with torch.inference_mode():
+        return model(torch.arange(24).view(2, 12)).logits
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("kind", ["Q4_0", "Q8_0"])
+def test_a_file_becomes_the_model_it_means(kind: str, tied: bool, tmp_path: Path) -> None:
+    meant = write(tmp_path / "tiny.gguf", kind, tied=tied)
+    model = vecmat.load(tmp_path / "tiny.gguf", dtype=torch.float32)
+    for name, layer in model.named_modules():
+        if isinstance(layer, vecmat.Linear) and not layer.format.dense:
+            assert torch.equal(layer.stored().dequantize(), meant.get_submodule(name).weight), name
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+    torch.testing.assert_close(logits(model), logits(meant), rtol=1e-4, atol=1e-4)
+    assert vecmat.load(tmp_path / "tiny.gguf").dtype == torch.bfloat16
+
+
+def test_a_file_of_several_types_and_transformers_agree(tmp_path: Path) -> None:
+    """Against transformers' own loading of the same file, K-quants among the types."""
+    path = tmp_path / "tiny.gguf"
+    write(path, {"q_proj": "Q8_0", "k_proj": "Q4_0", "v_proj": "Q4_1", "up_proj": "Q5_1", "gate_proj": "F16"})
+    model = vecmat.load(path, dtype=torch.float32)
+    theirs, _ = load_by_transformers(path)
+    assert {str(layer.format) for layer in model.modules() if isinstance(layer, vecmat.Linear)} == {
+        "int8:g32", "int4:g32", "fp32",
+    }  # fmt: skip
+    for name, layer in model.named_modules():
+        if isinstance(layer, vecmat.Linear):
+            w = theirs.get_submodule(name).weight
+            limit = 0.0 if name.rpartition(".")[2] not in ("v_proj", "up_proj") else 0.007
+            assert (layer.stored().dequantize() - w).norm() <= limit * w.norm(), name
+    torch.testing.assert_close(logits(model), logits(theirs), rtol=0.2, atol=0.2)
+
+
+def load_by_transformers(path: Path) -> tuple[Any, None]:
+    from transformers import AutoModelForCausalLM
+
+    with models.quiet(lambda done, total: None):
+        return AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval(), None
+
+
+def test_a_tensor_without_a_place_is_told(tmp_path: Path) -> None:
+    write(tmp_path / "tiny.gguf", "Q8_0", extra=True)
+    with pytest.warns(vecmat.VecmatWarning, match=r"the model has no place for rope_freqs.weight; left out"):
+        vecmat.load(tmp_path / "tiny.gguf")
+
+
+def test_a_file_cut_anywhere_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "tiny.gguf", "Q8_0")
+    whole = (tmp_path / "tiny.gguf").read_bytes()
+    cut = tmp_path / "cut.gguf"
+    for size in (0, 3, 4, 11, 24, 100, 1000, 2000, len(whole) // 2, len(whole) - 64):
+        cut.write_bytes(whole[:size])
+        with pytest.raises(CheckpointError, match=r"cut\.gguf"):
+            vecmat.load(cut)
+
+
+@pytest.mark.model
+@pytest.mark.skipif(importlib.util.find_spec(models.PACKAGED) is None, reason=models.PACKAGED_INSTALL)
+def test_the_packaged_model_is_read_as_transformers_reads_it() -> None:
+    source = models.find(None)
+    path = source.folder / str(source.gguf)
+    model = vecmat.load(path, dtype=torch.float32)
+    theirs, tokenizer = models.load(source, torch.float32, torch.device("cpu"), lambda done, total: None)
+    with open_source(path) as opened:
+        assert opened.count == 272
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, vecmat.Linear)}
+    assert {str(layer.format) for layer in layers.values()} == {"int8:g32", "fp32"}
+    for name in ("model.layers.0.self_attn.q_proj", "model.layers.17.self_attn.k_proj", "model.layers.29.mlp.up_proj"):
+        w = theirs.get_submodule(name).weight
+        assert (layers[name].stored().dequantize() - w).norm() < 0.01 * w.norm(), name
+    tokens = tokenizer("The capital of France is", return_tensors="pt").input_ids
+    with torch.inference_mode():
+        ours, truth = (m(tokens).logits.log_softmax(-1) for m in (model, theirs))
+    assert (truth.exp() * (truth - ours)).sum(-1).mean() < 0.02
+    assert tokenizer.decode(ours[0, -1].argmax()) == tokenizer.decode(truth[0, -1].argmax())
