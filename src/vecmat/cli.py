@@ -1,4 +1,4 @@
-"""The command line: ``vecmat run | explain | doctor``, and ``cli_tuning``'s commands. It parses and prints only."""
+"""The command line: ``vecmat run | explain | doctor``, and the commands of ``cli_*``. It parses and prints only."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
-from . import __version__, cli_tuning
+from . import __version__, cli_convert, cli_tuning
 
 if TYPE_CHECKING:
     import torch
@@ -50,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_run(commands)
     _add_explain(commands)
     _add_doctor(commands)
+    cli_convert.add_command(commands, FLOATS)
     cli_tuning.add_commands(commands, _device)
     return parser
 
