@@ -15,7 +15,7 @@ import vecmat
 from cases import generator
 from packing import HEADS, HIDDEN, INNER, KV_HEADS, VOCAB
 from vecmat import CheckpointError, models
-from vecmat.checkpoints.gguf import SCALE_AT, read_blocks
+from vecmat.checkpoints.gguf import SCALE_AT, _integers, read_blocks
 from vecmat.checkpoints.source import open_source
 
 gguf = pytest.importorskip("gguf")
@@ -91,6 +91,12 @@ def test_what_the_package_itself_quantised_is_exact(name: str) -> None:
     assert torch.equal(read_blocks(data, kind_of(name)).dequantize(), means(data, name))
     zeros = gguf.quantize(np.zeros((4, 64), np.float32), kind_of(name))
     assert (read_blocks(zeros, kind_of(name)).dequantize() == 0).all()
+
+
+def test_numbers_that_are_no_multiples_of_their_scale_are_no_integers() -> None:
+    values = torch.randn(2, 64, generator=generator("values"))
+    assert _integers(values, torch.full((2, 2), 0.01), 32) is None
+    assert _integers(values.round() * 200, torch.ones(2, 2), 32) is None  # or too large
 
 
 def test_many_rows_are_read_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ import packing
 import vecmat
 from vecmat import CheckpointError, checkpoints
 from vecmat.checkpoints import Quantization
+from vecmat.checkpoints.source import READERS
 from vecmat.cli import main
 from vecmat.problem import Format
 
@@ -47,6 +48,9 @@ CASES: dict[str, tuple[Callable[..., Any], dict[str, Any], str]] = {
     "fp8 blocks": (
         lambda n, k, seed: packing.fp8_blocks(n, k, 32, 32, seed=seed),
         {"quant_method": "fp8", "weight_block_size": [32, 32]}, "fp8:g32"),
+    "fbgemm_fp8": (
+        lambda n, k, seed: packing.fp8(n, k, (n, 1), seed=seed),
+        {"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0}, "fp8"),
     "bitsandbytes": (packing.bitsandbytes, {"quant_method": "bitsandbytes", "load_in_8bit": True}, "int8"),
 }  # fmt: skip
 
@@ -131,6 +135,38 @@ def test_a_checkpoint_that_does_not_say_its_dtype_has_that_of_its_tensors(tmp_pa
     (tmp_path / "config.json").write_text(json.dumps({**config, "dtype": "float17"}))
     with pytest.raises(CheckpointError, match="float17"):
         vecmat.load(tmp_path)
+
+
+def test_no_code_that_a_config_names_is_fetched_or_run(tmp_path: Path) -> None:
+    """transformers takes a name with a slash for a repository of kernels, downloads it and imports it."""
+    plain(tmp_path / "in")
+    path = tmp_path / "in" / "config.json"
+    config = json.loads(path.read_text())
+    (tmp_path / "in" / "evil.py").write_text("raise SystemExit('evil')")
+    for key in ("attn_implementation", "_attn_implementation"):
+        path.write_text(json.dumps({**config, key: "evil/kernel", "auto_map": {"AutoModelForCausalLM": "evil.Model"}}))
+        model = vecmat.load(tmp_path / "in")
+        assert model.config._attn_implementation in ("sdpa", "eager")
+    checkpoints.convert(tmp_path / "in", tmp_path / "out", "int8")
+    assert "evil" not in (tmp_path / "out" / "config.json").read_text()
+
+
+def test_a_generation_config_is_read_and_a_damaged_one_refused(tmp_path: Path) -> None:
+    plain(tmp_path)
+    path = tmp_path / "generation_config.json"
+    path.write_text(json.dumps({"max_length": 77}))
+    assert vecmat.load(tmp_path).generation_config.max_length == 77
+    path.write_text("{")
+    with pytest.raises(CheckpointError, match="generation_config"):
+        vecmat.load(tmp_path)
+
+
+def test_a_config_may_have_large_numbers_that_count_nothing(tmp_path: Path) -> None:
+    plain(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    told = {**config, "shared_expert_intermediate_size": 10**6, "layer_dim": 10**6, "bos_token_id": 10**6}
+    (tmp_path / "config.json").write_text(json.dumps(told))
+    assert vecmat.load(tmp_path) is not None
 
 
 def test_arguments_that_are_wrong_are_named(tmp_path: Path) -> None:
@@ -474,3 +510,18 @@ def test_a_package_that_is_missing_is_named(package: str, tmp_path: Path, monkey
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == package else find(name, *more))
     with pytest.raises(ValueError, match=rf"needs {package}, which is not installed; pip install 'vecmat\[hf\]'"):
         vecmat.load(tmp_path)
+
+
+def test_the_documentations_commands_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (Path(__file__).parents[1] / "docs" / "checkpoints.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    snippet, shell = text.split("```python\n")[1].split("```")[0], text.split("```bash\n")[1].split("```")[0]
+    exec(compile(snippet, "checkpoints.md", "exec"), {})
+    said = capsys.readouterr().out.splitlines()
+    assert said == [line.split("# ")[1] for line in snippet.splitlines() if line.startswith("print")]
+    for line in shell.splitlines():
+        assert main(line.partition("#")[0].split()[1:]) == 0
+    for method in READERS:
+        assert method == "vecmat" or method.lower() in text.lower(), method

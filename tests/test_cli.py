@@ -56,6 +56,8 @@ def test_as_a_module() -> None:
         (["explain"], ["--m", "--n", "--k", "--weights", "--group-size", "--x", "--out", "--layout", "--compute",
                        "--bias", "--device", "h200"]),
         (["doctor"], ["--json"]),
+        (["convert"], ["IN", "OUT", "--weights", "--group-size", "--zero-points", "--dtype", "--skip", "--shard-gb",
+                       "--json"]),
     ],
 )  # fmt: skip
 def test_help_names_every_option(command: list[str], options: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,8 +4,8 @@ weight float8_e4m3fn (N, K), weight_scale_inv (ceil(N / rows), ceil(K / columns)
 notwithstanding. value = weight * weight_scale_inv[n // rows, k // columns]. A Weight has a scale for each row and
 group of columns, so the block's scale is repeated for its rows: exact, 4 bytes for every ``columns`` weights.
 
-Without blocks the scale is one number (``weight_scale_inv`` or ``weight_scale``). Scales of dtype e8m0, or uint8
-exponents where the config says ``scale_fmt`` "ue8m0", are powers of two.
+Without blocks the scale is one number, or one a row (``weight_scale_inv`` or ``weight_scale``). Scales of dtype e8m0,
+or uint8 exponents where the config says ``scale_fmt`` "ue8m0", are powers of two.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SCALES = ("weight_scale_inv", "weight_scale")
 
 
 class Fp8Blocks:
-    """Reads quant_method "fp8"."""
+    """Reads quant_method "fp8" and, which has a scale a row, "fbgemm_fp8"."""
 
     def __init__(self, config: dict[str, Any]) -> None:
         self.block = block_size(config.get("weight_block_size"), "weight_block_size")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from ..problem import DTYPE_NAMES
 from .gguf import GgufFile
 from .quantization import Quantization
 from .reading import IncompleteError, Plan, Progress, check_buffers, model_config, skeleton
-from .safe import faults_of
+from .safe import faults_of, inside
 from .source import Folder, open_source
 
 
@@ -46,7 +45,7 @@ def load(path: str | Path, device: Any = None, dtype: torch.dtype | None = None,
         try:
             plan = Plan(source, bare, weights)
         except IncompleteError as error:
-            model = by_transformers(source, chosen, error)
+            model = by_transformers(source, config, bare, error)
             convert(model, weights or DTYPE_NAMES[chosen], progress=progress)
             model.to(place)
         else:
@@ -56,19 +55,21 @@ def load(path: str | Path, device: Any = None, dtype: torch.dtype | None = None,
     return model
 
 
-def by_transformers(source: Folder | GgufFile, dtype: torch.dtype, why: IncompleteError) -> Any:
+def by_transformers(source: Folder | GgufFile, config: Any, bare: Any, why: IncompleteError) -> Any:
     """The model as transformers itself loads it, which knows other names and fuses experts; dense weights only.
 
-    Raises ``why`` where that cannot help, because layers are quantised, and ``IncompleteError`` where it does not.
+    bare: its skeleton. Raises ``why`` where that cannot help, because layers are quantised or the file holds less than
+    half of the model, and ``IncompleteError`` where it does not.
     """
     from transformers import AutoModelForCausalLM
 
-    if source.quantised:
+    needed = sum(parameter.numel() for parameter in bare.parameters())
+    if isinstance(source, GgufFile) or source.quantised or 2 * source.elements < needed:
         raise why
     with faults_of(source.where):
         model, told = AutoModelForCausalLM.from_pretrained(
-            source.where, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True,
-            output_loading_info=True,
+            source.where, config=config, dtype=bare.dtype, local_files_only=True, trust_remote_code=False,
+            use_safetensors=True, output_loading_info=True,
         )  # fmt: skip
     bad = sorted(map(str, (*told["missing_keys"], *told["mismatched_keys"])))
     if bad:
@@ -119,8 +120,8 @@ def _finish(model: Any, source: Folder | GgufFile) -> None:
     if described is not None:
         model.config.quantization_config = described.as_dict()
     folder = source.path if isinstance(source, Folder) else None
-    if folder is not None and (folder / "generation_config.json").is_file():
+    if folder is not None and (folder / "generation_config.json").exists():
         from transformers import GenerationConfig
 
-        with contextlib.suppress(CheckpointError), faults_of(source.where):
+        with faults_of(str(inside(folder, "generation_config.json"))):
             model.generation_config = GenerationConfig.from_pretrained(source.where, local_files_only=True)

@@ -19,7 +19,8 @@ from .safe import faults_of
 from .source import Source
 
 Progress = Callable[[str, int, int], None]
-_MOST = 4096  # layers or experts that a config may claim without having as many tensors
+_MOST = 1024  # layers or experts that a config may claim without having as many tensors
+_COUNT = re.compile("^(?!.*(size|dim|width)).*(layer|expert)")  # not shared_expert_intermediate_size, say
 _BUFFERS = 1 << 30  # bytes of tables that a model may compute for itself
 
 
@@ -53,7 +54,7 @@ def _check_counts(source: Source, config: Any) -> None:
     """Raise ``CheckpointError`` for a number of layers or experts that would take for ever to build."""
     for key, value in config.items() if isinstance(config, dict) else ():
         _check_counts(source, value)
-        if type(value) is int and value > max(_MOST, source.count) and ("layer" in str(key) or "expert" in str(key)):
+        if type(value) is int and value > max(_MOST, source.count) and _COUNT.search(str(key)):
             raise CheckpointError(f"{source.where}: config says {key}={value}, but there are {source.count} tensors")
 
 
@@ -88,23 +89,21 @@ class Plan:
         self._state: dict[str, Tensor] = model.state_dict()
         self.quantised = [name for name, layer in self._layers.items() if source.holds(name, *_sizes(layer))]
         self.tied: dict[str, str] = {}  # names that are not read, and those whose parameters they share
-        self._aliases: dict[str, str] = {}
         self._check(set(self.quantised))
 
     def _check(self, quantised: set[str]) -> None:
         source, parameters = self._source, {name for name, _ in self._model.named_parameters(remove_duplicate=False)}
-        self._tie({name for name in quantised})
+        self._tie(quantised)
         lacking, wrong = [], []
         self._plain = []
         for name, tensor in self._state.items():
             layer, _, last = name.rpartition(".")
             if name in self.tied or (last == "weight" and layer in quantised):
                 continue
-            held = self._aliases.get(name, name)
-            if not source.has(held):
+            if not source.has(name):
                 lacking += [name] if name in parameters else []  # buffers are computed
                 continue
-            misfit = source.misfit(held, tuple(tensor.shape))
+            misfit = source.misfit(name, tuple(tensor.shape))
             wrong += [f"{name} is {misfit}; the model has {tuple(tensor.shape)}"] if misfit else []
             self._plain.append(name)
         if lacking:
@@ -118,12 +117,10 @@ class Plan:
         for target, origin in dict(getattr(self._model, "all_tied_weights_keys", None) or {}).items():
             if target.rpartition(".")[0] in quantised:
                 continue
-            if not source.has(target):
-                self.tied[target] = origin
-            elif not source.has(origin):
-                self.tied[target], self._aliases[origin] = origin, target
-            elif source.misfit(target, tuple(self._state[target].shape)) is None and torch.equal(
-                source.tensor(target), source.tensor(origin)
+            if not source.has(target) or (
+                source.has(origin)
+                and source.misfit(target, tuple(self._state[target].shape)) is None
+                and torch.equal(source.tensor(target), source.tensor(origin))
             ):
                 self.tied[target] = origin
 
@@ -194,7 +191,7 @@ class Plan:
 
     def _tensor(self, name: str) -> Tensor:
         own = self._state[name]
-        found = self._source.tensor(self._aliases.get(name, name))
+        found = self._source.tensor(name)
         if tuple(found.shape) != tuple(own.shape):
             raise CheckpointError(f"{self._source.where}: {name} is {tuple(found.shape)}; expected {tuple(own.shape)}")
         return found.to(torch.float32 if own.is_floating_point() and self._wide(name, own.dtype) else own.dtype)

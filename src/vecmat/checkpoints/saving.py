@@ -32,6 +32,11 @@ _COPIED = (
     "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "chat_template.jinja", "chat_template.json",
     "generation_config.json", "preprocessor_config.json", "processor_config.json",
 )  # fmt: skip
+# What of config.json is not: what the file says of its own format, and names of code.
+_DROPPED = (
+    "quantization_config", "compression_config", "torch_dtype", "auto_map", "attn_implementation",
+    "_attn_implementation", "experts_implementation", "_experts_implementation",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,7 +83,7 @@ def convert(source: str | Path, out: str | Path, weights: str | None = None, *, 
         try:
             plan = Plan(opened, bare, weights, **options)
         except IncompleteError as error:
-            whole = by_transformers(opened, chosen, error)
+            whole = by_transformers(opened, config, bare, error)
             kept = from_memory(Path(opened.where), opened.config_dict(), whole.state_dict())
             plan = Plan(kept, bare, weights, **options)
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -166,7 +171,7 @@ def _describe(source: Folder | GgufFile, config: Any, model: Any, dtype: torch.d
               folder: Path) -> None:  # fmt: skip
     """Write config.json, and what belongs to the tokenizer."""
     told = dict(source.config_dict()) if isinstance(source, Folder) else config.to_dict()
-    for name in ("quantization_config", "compression_config", "torch_dtype"):
+    for name in _DROPPED:
         told.pop(name, None)
     told |= {"architectures": [type(model).__name__], "dtype": str(dtype).removeprefix("torch.")}
     quantization = Quantization.of(written.formats, written.ordered)

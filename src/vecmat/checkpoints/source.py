@@ -24,13 +24,13 @@ from .quantization import Vecmat
 from .safe import PICKLES, Tensors, inside, open_folder, read_json
 
 READERS: dict[str, Callable[[dict[str, Any]], Reader]] = {
-    "awq": Awq, "bitsandbytes": Bitsandbytes, "compressed-tensors": CompressedTensors, "fp8": Fp8Blocks, "gptq": Gptq,
-    "vecmat": Vecmat,
+    "awq": Awq, "bitsandbytes": Bitsandbytes, "compressed-tensors": CompressedTensors, "fbgemm_fp8": Fp8Blocks,
+    "fp8": Fp8Blocks, "gptq": Gptq, "vecmat": Vecmat,
 }  # fmt: skip
 # Ends of names that say nothing about weights: the scales of activations and of a quantised cache, old buffers.
 _IGNORED = (
-    ".input_scale", ".activation_scale", ".output_scale", ".k_scale", ".v_scale", ".q_scale", ".inv_freq",
-    ".attn.bias", ".attn.masked_bias",
+    ".input_scale", ".input_scale_ub", ".activation_scale", ".output_scale", ".k_scale", ".v_scale", ".q_scale",
+    ".inv_freq", ".attn.bias", ".attn.masked_bias",
 )  # fmt: skip
 
 
@@ -82,17 +82,23 @@ class Folder:
         self.where, self.path = str(path), path
         self.quantised = reader is not None
         self.count = len(tensors.names())
+        self.elements = sum(math.prod(tensors.shape(name)) for name in tensors.names())
         self._config, self._tensors, self._reader = config, tensors, reader
         self._used: set[str] = set()
-        self._strip = ""
 
     def config(self) -> Any:
-        """The ``transformers`` config, which no longer says that the weights are quantised."""
+        """The ``transformers`` config, which no longer says that the weights are quantised.
+
+        Nor which attention to use: a name with a slash there would have transformers fetch code, and run it.
+        """
         from transformers import AutoConfig
 
         found = AutoConfig.from_pretrained(self.where, local_files_only=True, trust_remote_code=False)
         if hasattr(found, "quantization_config"):
             del found.quantization_config
+        for one in (found, *(getattr(found, name, None) for name in found.sub_configs)):
+            if one is not None:
+                one._attn_implementation = one._experts_implementation = None
         return found
 
     def config_dict(self) -> dict[str, Any]:
@@ -106,35 +112,32 @@ class Folder:
         return self._tensors.dtype(max(floats, key=sizes.__getitem__)) if floats else None
 
     def bind(self, model: Any) -> None:
-        """Learn whether the names lack the model's prefix, as those of a model without its head do."""
-        prefix = getattr(model, "base_model_prefix", "") + "."
-        own = any(name.startswith(prefix) for name in self._tensors.names())
-        self._strip = "" if own or prefix == "." else prefix
+        """Nothing to learn: the names are the model's."""
 
     def has(self, name: str) -> bool:
         """Whether there is a tensor of this name."""
-        return self._file(name) in self._tensors.names()
+        return name in self._tensors.names()
 
     def holds(self, layer: str, n: int, k: int) -> bool:
         """Whether the reader finds the layer quantised."""
-        return self._reader is not None and self._reader.holds(Layer(self._tensors, self._file(layer), n, k))
+        return self._reader is not None and self._reader.holds(Layer(self._tensors, layer, n, k))
 
     def misfit(self, name: str, shape: tuple[int, ...]) -> str | None:
         """None if a tensor has this shape and is floating-point, else what it is."""
-        found, dtype = self._tensors.shape(self._file(name)), self._tensors.dtype(self._file(name))
+        found, dtype = self._tensors.shape(name), self._tensors.dtype(name)
         if dtype not in (*FLOATS, torch.float64):
             return f"of {str(dtype).removeprefix('torch.')} without the scales of a format that is read"
         return None if found == shape else str(found)
 
     def tensor(self, name: str) -> Tensor:
         """A tensor."""
-        self._used.add(self._file(name))
-        return self._tensors.get(self._file(name))
+        self._used.add(name)
+        return self._tensors.get(name)
 
     def read(self, layer: str, n: int, k: int) -> Stored:
         """A quantised layer. Raises ``CheckpointError`` naming the file."""
         assert self._reader is not None
-        view = Layer(self._tensors, self._file(layer), n, k)
+        view = Layer(self._tensors, layer, n, k)
         try:
             return self._reader.read(view)
         except CheckpointError:
@@ -153,9 +156,6 @@ class Folder:
 
     def __exit__(self, *stopped: object) -> None:
         pass
-
-    def _file(self, name: str) -> str:
-        return name.removeprefix(self._strip)
 
 
 def open_source(path: str | Path) -> contextlib.AbstractContextManager[Folder | GgufFile]:
