@@ -203,6 +203,72 @@ def test_a_file_of_several_types_and_transformers_agree(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(model), logits(theirs), rtol=0.2, atol=0.2)
 
 
+@pytest.mark.parametrize("family", ["gpt2", "bloom", "gemma2", "qwen3"])
+def test_families_whose_tensors_llama_cpp_changes_agree_with_transformers(family: str, tmp_path: Path) -> None:
+    """Rows that are moved, matrices that are turned, norms less one: transformers knows, and here it is asked."""
+    path = tmp_path / "tiny.gguf"
+    write_family(path, family)
+    model, (theirs, _) = vecmat.load(path, dtype=torch.float32), load_by_transformers(path)
+    found = {name: layer for name, layer in model.named_modules() if isinstance(layer, vecmat.Linear)}
+    assert "int8:g32" in {str(layer.format) for layer in found.values()}
+    rounded = {name for name in found if family == "bloom" and "query_key_value" in name}
+    for name, layer in found.items():
+        w = theirs.get_submodule(name).weight
+        assert (layer.stored().dequantize() - w).norm() <= (0.007 if name in rounded else 0.0) * w.norm(), name
+    for name, tensor in theirs.state_dict().items():
+        if name.rpartition(".")[0] not in found:
+            assert torch.equal(model.state_dict()[name], tensor), name
+
+
+def write_family(path: Path, family: str) -> None:
+    """A random file of a family, weights in Q8_0, names and shapes as llama.cpp has them, as transformers reads it."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {
+        "gpt2": {"n_embd": 64, "n_layer": 1, "n_head": 4, "n_positions": 1024},
+        "bloom": {"hidden_size": 64, "n_layer": 1, "n_head": 4},
+    }.get(family) or {
+        "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 128 if family == "qwen3" else 16,
+    }  # fmt: skip
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, vocab_size=96, **sizes))
+    writer = gguf.GGUFWriter(path, family)
+    writer.add_block_count(1)
+    writer.add_context_length(64)
+    writer.add_embedding_length(64)
+    writer.add_feed_forward_length(256 if family in ("gpt2", "bloom") else 128)
+    writer.add_head_count(4)
+    writer.add_layer_norm_eps(1e-5)
+    if family not in ("gpt2", "bloom"):
+        writer.add_head_count_kv(2)
+        writer.add_layer_norm_rms_eps(1e-6)
+        writer.add_key_length(16)
+        writer.add_value_length(16)
+    writer.add_vocab_size(96)
+    writer.add_token_list([f"t{i}" for i in range(96)])
+    arch = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == family)
+    names = gguf.get_tensor_name_map(arch, 1)
+    written = set()
+    for name, parameter in model.named_parameters():
+        stem, _, last = name.rpartition(".")
+        theirs = names.get_name(stem) or names.get_name(stem.partition(".")[2])
+        values = torch.randn(parameter.shape, generator=generator(name)) * 0.1
+        turned = type(model.get_submodule(stem)).__name__ == "Conv1D" and last == "weight"
+        values = (values.t() if turned else values).contiguous().numpy()
+        if theirs is None or f"{theirs}.{last}" in written:
+            continue
+        written.add(f"{theirs}.{last}")
+        if values.ndim == 2 and "embd" not in theirs:
+            writer.add_tensor(f"{theirs}.{last}", gguf.quantize(values, kind_of("Q8_0")), raw_dtype=kind_of("Q8_0"))
+        else:
+            writer.add_tensor(f"{theirs}.{last}", values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
 def load_by_transformers(path: Path) -> tuple[Any, None]:
     from transformers import AutoModelForCausalLM
 
@@ -212,8 +278,9 @@ def load_by_transformers(path: Path) -> tuple[Any, None]:
 
 def test_a_tensor_without_a_place_is_told(tmp_path: Path) -> None:
     write(tmp_path / "tiny.gguf", "Q8_0", extra=True)
-    with pytest.warns(vecmat.VecmatWarning, match=r"the model has no place for rope_freqs.weight; left out"):
+    with pytest.warns(vecmat.VecmatWarning, match=r"the model has no place for rope_freqs.weight; left out") as told:
         vecmat.load(tmp_path / "tiny.gguf")
+    assert told[0].filename == __file__
 
 
 def test_a_file_cut_anywhere_is_refused(tmp_path: Path) -> None:

@@ -301,8 +301,9 @@ Q = "model.layers.1.self_attn.q_proj"
 def test_what_is_missing_or_too_much_is_told(tmp_path: Path) -> None:
     packing.write_folder(tmp_path, packing.llama(), *CASES["gptq"][:2])
     edited(tmp_path, lambda tensors: tensors.update({"model.layers.9.mtp": torch.ones(2), "x.k_scale": torch.ones(1)}))
-    with pytest.warns(vecmat.VecmatWarning, match=r"has no place for model.layers.9.mtp; left out"):
+    with pytest.warns(vecmat.VecmatWarning, match=r"has no place for model.layers.9.mtp; left out") as told:
         vecmat.load(tmp_path)
+    assert told[0].filename == __file__
     edited(tmp_path, lambda tensors: tensors.pop("model.layers.9.mtp"))
     edited(tmp_path, lambda tensors: tensors.update({"model.layers.0.mlp.act.scales": torch.ones(2)}))
     with pytest.raises(CheckpointError, match=r"act.scales scales an activation, as AWQ may; it is not read"):

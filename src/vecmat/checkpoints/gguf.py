@@ -106,7 +106,7 @@ class GgufFile:
             return False
         return tuple(int(size) for size in found[0].shape) == (k, n)
 
-    def misfit(self, name: str, shape: tuple[int, ...]) -> str | None:
+    def misfit(self, name: str, shape: tuple[int, ...], floating: bool) -> str | None:
         """None if a tensor can have this shape, else what it has."""
         sizes = [tuple(int(size) for size in reversed(tensor.shape)) for tensor in self._tensors[name]]
         return None if sum(map(math.prod, sizes)) == math.prod(shape) else " + ".join(map(str, sizes))
@@ -132,7 +132,8 @@ class GgufFile:
         with faults_of(f"{self.where}: {tensor.name}"):
             rows = self._rows(tensor, n)
             if rows is None:
-                return Stored(quantize(self.tensor(f"{layer}.weight"), LEFT))
+                dense = self.tensor(f"{layer}.weight")
+                return Stored(quantize(dense if tuple(dense.shape) == (n, k) else dense.t(), LEFT))
             made = read_blocks(tensor.data, tensor.tensor_type)
             if torch.equal(rows, torch.arange(n)):
                 return Stored(made)
@@ -157,9 +158,12 @@ class GgufFile:
         import numpy as np
 
         numbers = np.arange(n, dtype=np.int64)[:, None]
-        moved = self._processor.process(
-            weights=numbers, name=tensor.name, tensor_key_mapping=self._names, parsed_parameters={"tensors": {}}
-        ).weights
+        try:
+            moved = self._processor.process(
+                weights=numbers, name=tensor.name, tensor_key_mapping=self._names, parsed_parameters={"tensors": {}}
+            ).weights
+        except ValueError:  # it wants all of the columns, as BLOOM's does
+            return None
         flat = torch.from_numpy(np.array(moved).reshape(-1))
         same = flat.numel() == n and torch.equal(flat.sort().values, torch.arange(n))
         return flat if same and moved.shape in ((n, 1), (1, n)) else None  # (1, n): transposed, for a Conv1D

@@ -103,7 +103,7 @@ class Plan:
             if not source.has(name):
                 lacking += [name] if name in parameters else []  # buffers are computed
                 continue
-            misfit = source.misfit(name, tuple(tensor.shape))
+            misfit = source.misfit(name, tuple(tensor.shape), tensor.is_floating_point())
             wrong += [f"{name} is {misfit}; the model has {tuple(tensor.shape)}"] if misfit else []
             self._plain.append(name)
         if lacking:
@@ -119,7 +119,7 @@ class Plan:
                 continue
             if not source.has(target) or (
                 source.has(origin)
-                and source.misfit(target, tuple(self._state[target].shape)) is None
+                and source.misfit(target, tuple(self._state[target].shape), True) is None
                 and torch.equal(source.tensor(target), source.tensor(origin))
             ):
                 self.tied[target] = origin
@@ -212,7 +212,7 @@ class Plan:
         if extra:
             more = f" and {len(extra) - 3} more" if len(extra) > 3 else ""
             told = f"{self._source.where}: the model has no place for {', '.join(extra[:3])}{more}; left out"
-            warnings.warn(told, VecmatWarning, stacklevel=2)
+            warnings.warn(told, VecmatWarning, stacklevel=5)  # who called load or convert
 
 
 def check_buffers(source: Source, model: Any) -> None:

@@ -62,11 +62,11 @@ class Source(Protocol):
     def holds(self, layer: str, n: int, k: int) -> bool:
         """Whether there is a quantised weight of a linear layer (N, K)."""
 
-    def misfit(self, name: str, shape: tuple[int, ...]) -> str | None:
-        """None if a tensor can be read as one of a shape, else what it is."""
+    def misfit(self, name: str, shape: tuple[int, ...], floating: bool) -> str | None:
+        """None if a tensor can be read as one of a shape, of floating-point numbers if so asked, else what it is."""
 
     def tensor(self, name: str) -> Tensor:
-        """A tensor, floating-point."""
+        """A tensor that is not quantised, or no longer."""
 
     def read(self, layer: str, n: int, k: int) -> Stored:
         """A quantised layer."""
@@ -122,10 +122,10 @@ class Folder:
         """Whether the reader finds the layer quantised."""
         return self._reader is not None and self._reader.holds(Layer(self._tensors, layer, n, k))
 
-    def misfit(self, name: str, shape: tuple[int, ...]) -> str | None:
-        """None if a tensor has this shape and is floating-point, else what it is."""
+    def misfit(self, name: str, shape: tuple[int, ...], floating: bool) -> str | None:
+        """None if a tensor has this shape and, if so asked, is floating-point, else what it is."""
         found, dtype = self._tensors.shape(name), self._tensors.dtype(name)
-        if dtype not in (*FLOATS, torch.float64):
+        if floating and dtype not in (*FLOATS, torch.float64):
             return f"of {str(dtype).removeprefix('torch.')} without the scales of a format that is read"
         return None if found == shape else str(found)
 
