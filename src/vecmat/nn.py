@@ -137,14 +137,14 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """y (..., N) for x (..., K)."""
+        order = self._buffers.get(_ORDER)
+        if order is not None:
+            x = x.index_select(-1, order)
         if is_compiling():
             return self._traced(x)
         weight = self._weight
         if weight is None or not self._holds(weight):
             weight = self.stored()
-        order = self._buffers.get(_ORDER)
-        if order is not None:
-            x = x.index_select(-1, order)
         return matmul_stored(x, weight, self._parameters["bias"], self.compute)
 
     def _traced(self, x: Tensor) -> Tensor:
