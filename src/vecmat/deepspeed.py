@@ -13,11 +13,13 @@ q_int8      whether ``config.dtype`` is int8; a weight that stayed floating-poin
 transpose   ``config.transposed_mode``
 ==========  ===================================================================================================
 
-The package ``deepspeed`` is never imported.
+The package ``deepspeed`` is imported by ``install`` and ``installed`` alone: they put this file's operator in the
+place of DeepSpeed's own, for DeepSpeed's inference modules to make and call.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import os
@@ -30,14 +32,16 @@ from torch import Tensor
 
 from . import ops, table, tuner
 from .deepspeed_config import ActivationFuncType, DeepSpeedInferenceConfig, NormType, TransformerConfig
+from .deepspeed_install import Replacement
 from .device import Device
 from .dispatch import choose
 from .problem import bucket
 from .weights import Weight
 
 __all__ = [
-    "ActivationFuncType", "BaseOp", "DeepSpeedInferenceConfig", "Fp16Matmul", "InferenceModule", "NormType",
-    "TransformerConfig", "VectorMatMulOp", "autotune_lengths", "matmul", "vector_matmul_func",
+    "ActivationFuncType", "BaseOp", "DeepSpeedInferenceConfig", "Fp16Matmul", "InferenceModule",
+    "InstalledVectorMatMulOp", "NormType", "TransformerConfig", "VectorMatMulOp", "autotune_lengths", "install",
+    "installed", "matmul", "uninstall", "vector_matmul_func",
 ]  # fmt: skip
 
 _FUNCTIONS = {  # the first one that the inference module has
@@ -365,3 +369,47 @@ def matmul(A: Tensor, B: Tensor, bias: Tensor | None = None, activation: str = "
             Fp16Matmul._warm_up(A, B)
         Fp16Matmul._update_autotune_table()
     return C
+
+
+class InstalledVectorMatMulOp(VectorMatMulOp):
+    """The operator as DeepSpeed's modules make it. They never call ``wait``, so ``async_op`` runs nothing beside."""
+
+    def forward(self, input: Tensor, weight: Tensor | Weight, async_op: bool = False) -> Tensor:
+        """The product (..., N), as ``VectorMatMulOp.forward`` says, on the current stream whatever async_op is."""
+        return super().forward(input, weight)
+
+
+_REPLACEMENT = Replacement(InstalledVectorMatMulOp)
+
+
+def install() -> None:
+    """None; DeepSpeed's inference modules that are made from now on multiply with vecmat, until ``uninstall``.
+
+    Imports DeepSpeed and binds ``VectorMatMulOp`` to ``InstalledVectorMatMulOp`` in every imported module that has
+    DeepSpeed's class under that name, its own and yours; modules imported later find it too. Modules made before keep
+    the op they have. Installing again changes nothing.
+
+    It is the whole process's: a module that another thread makes meanwhile gets either operator, each a working one.
+
+    Raises ``ImportError``, and replaces nothing, if DeepSpeed is not installed or has its class elsewhere.
+    """
+    _REPLACEMENT.install()
+
+
+def uninstall() -> None:
+    """None; each module has the class that it had before ``install``. Without an ``install`` it changes nothing."""
+    _REPLACEMENT.uninstall()
+
+
+@contextlib.contextmanager
+def installed() -> Iterator[None]:
+    """``with installed():`` modules made inside multiply with vecmat, also after it. Raises what ``install`` raises.
+
+    Inside another, or after ``install``, it changes nothing, at its end neither. The whole process's, as ``install``.
+    """
+    mine = _REPLACEMENT.install()
+    try:
+        yield
+    finally:
+        if mine:
+            _REPLACEMENT.uninstall()
