@@ -509,12 +509,23 @@ def with_scale(scale: object, shape: tuple[int, ...] = (32, 64), dtype: torch.dt
         (with_scale(torch.ones(4, 1), dtype=torch.int32), r"no int8 matrix .*torch.int32"),
         (with_scale(torch.ones(1, 1), shape=(64,)), r"no int8 matrix"),
         (with_scale(torch.tensor([[1.0], [torch.nan]])), r"scale\[16, 0\] is nan"),
-        (with_scale(torch.tensor([[0.0], [1.0]])), r"scale\[0, 0\] is 0.0"),
+        (with_scale(torch.tensor([[0.0], [torch.inf]])), r"scale\[16, 0\] is inf"),
     ],
 )
 def test_an_int8_weight_that_cannot_be_read_raises(weight, told):
     with pytest.raises(ValueError, match=told):
         op_for("int8")(torch.ones(1, 64), weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_group_with_scale_zero_is_zero_whatever_its_integers_are(dtype):
+    weight, x = quantised(32, 64, 4), torch.randn(3, 64).to(dtype)
+    weight.scale[0, 1] = 0  # the second value of the flat buffer
+    stored = weight.clone()
+    y = op_for("int8")(x, weight)
+    assert not y[:, 8:16].any()
+    assert far(y, exact_int8(x, weight)) < 2 * ROUNDING[dtype]
+    assert torch.equal(weight, stored)
 
 
 def test_a_scale_that_is_no_tensor_raises():

@@ -97,8 +97,11 @@ class InferenceModule:
         """What is multiplied: the weight itself, or the Weight kept for an int8 tensor (N, K) and its scale.
 
         q_scale: (groups, ...); the first ``groups`` values of the flat buffer each scale N / groups consecutive rows.
+        That is how DeepSpeed's ``GroupQuantizer`` stores them, (groups, 3) of which the rest belongs to halves of the
+        weight, and how its CUDA kernel reads them. A group of zeros has scale 0 there, and is zero here too.
+
         Raises ``ValueError`` if the weight is no int8 matrix, there is no scale, groups does not divide N, or a scale
-        is zero or not finite.
+        is not finite.
         """
         if not q_int8 or not isinstance(weight, Tensor) or weight.is_floating_point():
             return weight
@@ -134,9 +137,12 @@ def _from_int8(weight: Tensor, q_scale: Tensor) -> Weight:
     n, groups = weight.shape[0], q_scale.shape[0]
     if n % groups:
         raise ValueError(f"vector_matmul: scale has {groups} groups, which do not divide the weight's N={n} {told}")
-    rows = q_scale.detach().reshape(-1)[:groups].float().repeat_interleave(n // groups)
+    rows = q_scale.detach().reshape(-1)[:groups].float().repeat_interleave(n // groups).view(n, 1)
     # .data: a Weight that held the tensor itself would keep it, and so its own entry, alive for ever.
-    return Weight("int8", weight.data.contiguous(), rows.view(n, 1))
+    data, dead = weight.data.contiguous(), rows == 0
+    if not data.is_meta and bool(dead.any()):  # a Weight has no zero scales
+        data, rows = data.masked_fill(dead, 0), rows.masked_fill(dead, 1)
+    return Weight("int8", data, rows)
 
 
 def vector_matmul_func(input: Tensor, weight: Tensor | Weight, async_op: bool, q_scale: Tensor, q_int8: bool,
