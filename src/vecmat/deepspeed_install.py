@@ -28,7 +28,7 @@ class Replacement:
     def __init__(self, operator: type) -> None:
         self._operator = operator
         self._lock = threading.Lock()
-        self._replaced: list[tuple[dict[str, Any], type]] = []  # a module's names, and the class it had bound
+        self._replaced: list[tuple[dict[str, Any], Any]] = []  # a module's names, and the class it had bound
 
     def install(self) -> bool:
         """Whether DeepSpeed's own class was still in its place in one module at least, and now is in none.
