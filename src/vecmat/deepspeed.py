@@ -50,10 +50,6 @@ _FUNCTIONS = {  # the first one that the inference module has
     torch.int8: ("vector_matmul_int8", "vector_matmul_fp16"),
 }
 _NO_SCALE = torch.empty(0, device="cpu")  # stands for the scale of a weight without one; nobody reads it
-_HOPELESS = (
-    1000.0,
-    4.0,
-)  # not timed: estimates over this many us and times the best one's; fp16 on a CPU takes seconds
 
 
 def __getattr__(name: str) -> Any:
