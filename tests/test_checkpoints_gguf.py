@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 from pathlib import Path
 from typing import Any
@@ -281,6 +282,22 @@ def test_a_tensor_without_a_place_is_told(tmp_path: Path) -> None:
     with pytest.warns(vecmat.VecmatWarning, match=r"the model has no place for rope_freqs.weight; left out") as told:
         vecmat.load(tmp_path / "tiny.gguf")
     assert told[0].filename == __file__
+
+
+def test_a_file_that_is_refused_leaves_no_trace(tmp_path: Path) -> None:
+    """While a file is open, the collector is off and parts of libraries are exchanged."""
+    writer = gguf.GGUFWriter(tmp_path / "other.gguf", "no-such-family")
+    writer.add_tensor("t", np.ones(32, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    reader = gguf.GGUFReader
+    with pytest.raises(CheckpointError, match="architecture no-such-family is not supported") as error:
+        vecmat.load(tmp_path / "other.gguf")
+    assert gguf.GGUFReader is reader
+    assert gc.isenabled()
+    assert error.value.__traceback__ is not None  # which keeps the frames: nothing was put right by their end
 
 
 def test_a_file_cut_anywhere_is_refused(tmp_path: Path) -> None:

@@ -48,18 +48,19 @@ class GgufFile:
         self.where = str(path)
         self.path = path
         self.count = check_header(path)
-        self._open = contextlib.ExitStack()
         self._tensors: dict[str, list[Any]] = {}
 
     def __enter__(self) -> GgufFile:
         import gguf
         from transformers import modeling_gguf_pytorch_utils as loader
 
-        self._open.enter_context(models.quiet(lambda done, total: None))
-        self._open.enter_context(models.quick_gguf(lambda done, total: None))
-        with faults_of(self.where):
-            self._reader = gguf.GGUFReader(str(self.path))
-            self._parsed = loader.load_gguf_checkpoint(str(self.path))["config"]
+        with contextlib.ExitStack() as opening:
+            opening.enter_context(models.quiet(lambda done, total: None))
+            opening.enter_context(models.quick_gguf(lambda done, total: None))
+            with faults_of(self.where):
+                self._reader = gguf.GGUFReader(str(self.path))
+                self._parsed = loader.load_gguf_checkpoint(str(self.path))["config"]
+            self._open = opening.pop_all()
         return self
 
     def __exit__(self, *stopped: object) -> None:
