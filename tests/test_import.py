@@ -59,6 +59,8 @@ import vecmat
 assert not torch.cuda.is_initialized()
 new = {name.partition(".")[0] for name in set(sys.modules) - before}
 unwanted = new & {"triton", "rich", "transformers", "deepspeed", "numpy", "matplotlib", "safetensors", "gguf"}
+import vecmat.checkpoints
+unwanted |= {"transformers", "safetensors", "gguf", "accelerate", "rich"} & set(sys.modules) - before
 assert not unwanted, unwanted
 assert not [name for name in sys.modules if name.startswith("vecmat.kernels.triton_")]
 """

@@ -4,8 +4,8 @@ qweight int32 (K * bits / 32, N): column n is a stream of bits, row 0 of the wei
 (groups, N * bits / 32), the same along N. scales (groups, N). g_idx int32 (K,): the group of each row.
 value = (q - zero) * scale[g_idx[k], n], where format "gptq" stores zero - 1 and "gptq_v2" zero itself.
 
-Some writers say "gptq" and store what "gptq_v2" does (vLLM's pull request 38966). Where the config says ``sym`` and
-every stored zero point is already the middle, 2**(bits - 1), it is taken for what it is.
+Some writers say "gptq" and store what "gptq_v2" does. Where the config says ``sym`` and every stored zero point is
+already the middle, 2**(bits - 1), it is taken for what it is.
 """
 
 from __future__ import annotations
