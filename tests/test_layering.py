@@ -46,18 +46,18 @@ def level(name: str) -> float:
 
 
 def imports(name: str) -> Iterator[tuple[str, int]]:
-    """(imported file or outside module, line) of every import in a file, also those inside functions."""
+    """(imported file, or outside module and a dot, line) of every import in a file, also those inside functions."""
     package = name if FILES[name].name == "__init__.py" else name.rpartition(".")[0]
     package = "" if name == "__init__" else package
     for node in ast.walk(TREES[name]):
         if isinstance(node, ast.Import):
             for alias in node.names:
-                yield _inside(alias.name) or alias.name, node.lineno
+                yield _inside(alias.name) or f"{alias.name}.", node.lineno
         elif isinstance(node, ast.ImportFrom):
             if node.level == 0:
                 base = _inside(node.module or "")
                 if base is None:
-                    yield node.module or "", node.lineno
+                    yield f"{node.module}.", node.lineno
                     continue
             else:
                 parts = [part for part in package.split(".") if part]

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from . import checkpoints
     from .checkpoints import load
     from .deepspeed import BaseOp, DeepSpeedInferenceConfig, VectorMatMulOp
+    from .transformers import VecmatConfig
 
     HAS_TRITON: bool
 
@@ -37,6 +38,7 @@ __all__ = [
     "NoKernelError",
     "Settings",
     "TableMissError",
+    "VecmatConfig",
     "VecmatWarning",
     "VectorMatMulOp",
     "Weight",
@@ -63,4 +65,6 @@ def __getattr__(name: str) -> Any:
     if name in ("checkpoints", "load"):
         found = importlib.import_module(".checkpoints", __name__)
         return found if name == "checkpoints" else found.load
+    if name == "VecmatConfig":
+        return importlib.import_module(".transformers", __name__).VecmatConfig
     raise AttributeError(f"module 'vecmat' has no attribute {name!r}")

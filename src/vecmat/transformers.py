@@ -1,0 +1,274 @@
+"""VecmatConfig: vecmat as a quantization method of ``transformers``; importing this file registers it there.
+
+    model = AutoModelForCausalLM.from_pretrained(path, quantization_config=vecmat.VecmatConfig("int4"))
+    model.save_pretrained(folder)
+
+The folder is what ``vecmat convert`` writes too: ``checkpoints/quantization.py`` has the layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.core_model_loading import ConversionOps
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer, get_keys_to_not_convert
+from transformers.quantizers.quantizers_utils import should_convert_module
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from .checkpoints.quantization import METHOD, Quantization
+from .errors import CheckpointError
+from .nn import Linear, linear_layers, skipped_layers
+from .problem import DTYPE_NAMES, Format
+from .weights import quantize, resolve_format
+
+
+@register_quantization_config(METHOD)
+class VecmatConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """The formats of a model's linear layers, for ``from_pretrained(..., quantization_config=...)``.
+
+    weights: "int8", "int4" or "fp8"; "int4:g64:zp" and the like name the options too. group_size, symmetric: as for
+    ``vecmat.quantize``. skip: names of modules whose linear layers torch computes as they are: qualified, a last
+    component ("lm_head") or a pattern ("*.mlp.*"). None skips the output head and a model's last layer, as other
+    methods of transformers do; [] skips none. modules_to_not_convert: another name of skip. Layers whose weight is
+    tied and those that the model wants in fp32 are skipped always.
+
+    Raises ``ValueError`` or ``TypeError`` for a format or a skip that is none.
+    """
+
+    def __init__(self, weights: str = "int8", *, group_size: int | None = None, symmetric: bool = True,
+                 skip: Iterable[str] | None = None,
+                 modules_to_not_convert: Iterable[str] | None = None) -> None:  # fmt: skip
+        if skip is not None and modules_to_not_convert is not None:
+            raise ValueError("VecmatConfig: skip and modules_to_not_convert are two names of one option; give one")
+        skip = modules_to_not_convert if skip is None else skip
+        skipped_layers(skip if isinstance(skip, str) else (), {})  # raises for a name in place of a list
+        fmt = resolve_format(weights, 128, group_size, symmetric)
+        if fmt.dense:
+            raise ValueError(f"VecmatConfig: weights is {weights!r}; expected int8, int4 or fp8")
+        size = fmt.group_size if ":" in weights else group_size
+        self.quant_method = METHOD
+        self.quantization = Quantization(weights=fmt.name, group_size=size, zero_points=not fmt.symmetric)
+        self.skip = None if skip is None else list(skip)
+
+    @classmethod
+    def of(cls, quantization: Quantization) -> VecmatConfig:
+        """The config that says what a Quantization does."""
+        made = cls.__new__(cls)
+        made.quant_method, made.quantization = METHOD, quantization
+        made.skip = list(quantization.modules_to_not_convert)
+        return made
+
+    @classmethod
+    def from_dict(cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """The VecmatConfig of a ``quantization_config``. Raises ``ValueError`` naming a field that is none."""
+        made = cls.of(Quantization.from_dict(config_dict))
+        if "modules_to_not_convert" not in config_dict:
+            made.skip = None
+        return (made, kwargs) if return_unused_kwargs else made
+
+    def to_dict(self) -> dict[str, Any]:
+        """What ``config.json`` has as ``quantization_config``."""
+        told = self.quantization.as_dict()
+        told["modules_to_not_convert"] = self.skip
+        if self.skip is None:
+            del told["modules_to_not_convert"]
+        return told
+
+    def __iter__(self) -> Any:
+        yield from self.to_dict().items()
+
+
+@register_quantizer(METHOD)
+class VecmatQuantizer(HfQuantizer):  # type: ignore[misc]
+    """What ``from_pretrained`` asks: the model's linear layers are ``vecmat.Linear`` before anything is loaded.
+
+    A dense checkpoint is then quantised a tensor at a time as transformers reads it, through ``get_quantize_ops``; one
+    of vecmat's own is loaded like any other, because a quantised layer's parts are plain buffers.
+    """
+
+    quantization_config: VecmatConfig
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        layers = linear_layers(model)
+        formats = self._formats(model, layers)
+        if not formats:
+            raise ValueError(
+                f"VecmatConfig: {type(model).__name__} has no linear layer to quantise ({len(layers)} are skipped)"
+            )
+        self._dense = tuple(name for name in layers if name not in formats)
+        self._hooks: list[Any] = []
+        made: dict[int, Linear] = {}
+        for name, fmt in formats.items():
+            linear = layers[name]
+            if id(linear) not in made:
+                made[id(linear)] = self._empty(name, linear, fmt)
+                module: Any = made[id(linear)]
+                self._hooks.append(module.register_load_state_dict_pre_hook(_refuse(name)))
+            parent, _, last = name.rpartition(".")
+            setattr(model.get_submodule(parent), last, made[id(linear)])
+            model.all_tied_weights_keys.pop(f"{name}.weight", None)
+
+    def _formats(self, model: Any, layers: Mapping[str, nn.Module]) -> dict[str, Format]:
+        """The formats of the layers to quantise."""
+        asked = self.quantization_config.quantization
+        ks = {name: layer.in_features if isinstance(layer, nn.Linear) else layer.nx for name, layer in layers.items()}  # type: ignore[union-attr]
+        if self.pre_quantized:
+            saved = _saved_names(model, asked)
+            found = {name: asked.format(saved.get(name, name), k) for name, k in ks.items()}  # type: ignore[arg-type]
+            self._ordered = {name for name in layers if saved.get(name, name) in asked.ordered}
+            return {name: fmt for name, fmt in found.items() if fmt is not None}
+        self._ordered = set()
+        skip = self.quantization_config.skip
+        tied = {key for pair in model.all_tied_weights_keys.items() for key in pair}
+        kept = {key.removesuffix(".weight") for key in tied}
+        if skip is None:
+            last = list(model.named_parameters())[-1][0].rpartition(".")[0]
+            kept |= {key for key in get_keys_to_not_convert(model)} | {last}
+        else:
+            kept |= skipped_layers(skip, dict(model.named_modules(remove_duplicate=False)))
+        wide = list(model._keep_in_fp32_modules or ()) + list(model._keep_in_fp32_modules_strict or ())
+        chosen: dict[str, Format] = {}
+        for name, k in ks.items():
+            parents = {name[:at] for at, character in enumerate(name) if character == "."} | {name}
+            fmt = None if parents & kept or not should_convert_module(name, wide) else asked.format(name, k)  # type: ignore[arg-type]
+            if fmt is not None:
+                chosen[name] = fmt
+        return chosen
+
+    def _empty(self, name: str, linear: nn.Module, fmt: Format) -> Linear:
+        made = Linear.from_linear(linear, str(fmt))
+        if name in self._ordered:
+            order = torch.empty(made.in_features, dtype=torch.int32, device=made.weight.device)
+            made = Linear.from_weight(made.stored(), made.bias, order=order)
+        return made
+
+    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+        """Whether a tensor of a dense checkpoint is the weight of a layer to quantise."""
+        name, _, last = param_name.rpartition(".")
+        return not self.pre_quantized and last == "weight" and isinstance(model.get_submodule(name), Linear)
+
+    def get_quantize_ops(self) -> ConversionOps:
+        """What transformers passes each such tensor through."""
+        return _Quantize()
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        for name, layer in _quantised(model).items():
+            if layer.bias is not None:
+                layer.bias.requires_grad_(False)
+            if not layer.weight.is_meta:  # else it is on a disk
+                order: Any = layer.weight_order
+                try:
+                    Linear.from_weight(layer.stored(), order=order)
+                except (TypeError, ValueError) as error:
+                    raise CheckpointError(f"{model.config.name_or_path}: layer {name}: {error}") from error
+        self._describe(model)
+        return model
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:
+        """Nothing but the model's own state_dict; the config follows what became of the layers since.
+
+        Tensors keep the names that they have in the model, which are those of the config: a mixture's fused experts
+        are not taken apart into what their first checkpoint had.
+        """
+        self._describe(model)
+        model._weight_conversions = []
+        return None, {}
+
+    def _describe(self, model: Any) -> None:
+        layers = _quantised(model)
+        dense = Format(DTYPE_NAMES.get(model.dtype, "fp32"))
+        described = Quantization.of(
+            dict.fromkeys(self._dense, dense) | {name: layer.format for name, layer in layers.items()},
+            [name for name, layer in layers.items() if layer.weight_order is not None],
+        )
+        if described is not None:
+            self.quantization_config = model.config.quantization_config = VecmatConfig.of(described)
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | str) -> Any:
+        for name, layer in _quantised(model).items():
+            weight = layer.stored().dequantize()
+            order: Any = layer.weight_order
+            if order is not None:
+                weight = weight.index_select(0 if layer.layout == "kn" else 1, order.argsort())
+            sizes = (layer.in_features, layer.out_features)
+            with torch.device("meta"):
+                plain: Any = Conv1D(*sizes[::-1]) if layer.layout == "kn" else nn.Linear(*sizes)
+            weight = weight.contiguous().to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+            plain.weight = nn.Parameter(weight, requires_grad=False)
+            plain.bias = layer.bias
+            parent, _, last = name.rpartition(".")
+            setattr(model.get_submodule(parent), last, plain.train(layer.training))
+        return model
+
+    def is_serializable(self) -> bool:
+        """Yes: ``save_pretrained`` writes safetensors."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """No: a quantised weight has no gradient."""
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        """Yes: see docs/compile.md."""
+        return True
+
+
+class _Quantize(ConversionOps):  # type: ignore[misc]
+    """One weight of a dense checkpoint as the parts of a quantised layer."""
+
+    def convert(self, input_dict: Mapping[str, Any], *, model: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """The named tensors that take the place of the given ones. Raises what ``vecmat.quantize`` raises."""
+        out: dict[str, Tensor] = {}
+        for name, value in input_dict.items():
+            tensor = value[0] if isinstance(value, list) else value
+            path, _, last = name.rpartition(".")
+            layer = model.get_submodule(path)
+            if last != "weight" or not isinstance(layer, Linear):
+                out[name] = tensor
+                continue
+            n, k = layer.out_features, layer.in_features
+            expected = (k, n) if layer.layout == "kn" else (n, k)
+            if tuple(tensor.shape) != expected:
+                raise ValueError(f"{name} has shape {tuple(tensor.shape)}; the model has {expected}")
+            stored = quantize(tensor, str(layer.format), layout=layer.layout)
+            assert stored.scale is not None
+            out |= {name: stored.data, f"{name}_scale": stored.scale}
+            out |= {} if stored.zero is None else {f"{name}_zero": stored.zero}
+        return out
+
+
+def _refuse(layer: str) -> Any:
+    """A hook for the one way in which transformers fills a tensor that it did not find: with whatever is in memory."""
+
+    def hook(module: nn.Module, state_dict: Mapping[str, Tensor], prefix: str, *rest: Any) -> None:
+        lacking = sorted(name for name in state_dict if name.removeprefix(prefix).startswith("weight"))
+        if lacking:
+            raise CheckpointError(
+                f"the checkpoint has no {layer}.{lacking[0].removeprefix(prefix)} that fits; a layer that it lacks can "
+                f"be left to torch: VecmatConfig(..., skip=[{layer!r}])"
+            )
+
+    return hook
+
+
+def _quantised(model: nn.Module) -> dict[str, Linear]:
+    found = {name: module for name, module in model.named_modules() if isinstance(module, Linear)}
+    return {name: layer for name, layer in found.items() if not layer.format.dense}
+
+
+def _saved_names(model: Any, quantization: Quantization) -> dict[str, str]:
+    """Names of layers and what a checkpoint calls them that was saved with a head where there is none, or without."""
+    prefix = f"{model.base_model_prefix}."
+    known = {*quantization.modules_to_not_convert, *quantization.layers, *quantization.ordered}
+    found = {name.removeprefix(prefix): name for name in known} | {prefix + name: name for name in known}
+    return found | {name: name for name in known}
