@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps
 from transformers.pytorch_utils import Conv1D
@@ -25,6 +26,11 @@ from .errors import CheckpointError
 from .nn import Linear, linear_layers, skipped_layers
 from .problem import DTYPE_NAMES, Format
 from .weights import quantize, resolve_format
+
+# The dtypes of quantised weights' parts, and their names in safetensors.
+_CODES: dict[Any, str] = {
+    torch.int8: "I8", torch.uint8: "U8", torch.float8_e4m3fn: "F8_E4M3", torch.int32: "I32",
+}  # fmt: skip
 
 
 @register_quantization_config(METHOD)
@@ -95,32 +101,35 @@ class VecmatQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         layers = linear_layers(model)
-        formats = self._formats(model, layers)
+        files = [file for file in kwargs.get("checkpoint_files") or () if str(file).endswith(".safetensors")]
+        formats = self._formats(model, layers, files)
         if not formats:
             raise ValueError(
                 f"VecmatConfig: {type(model).__name__} has no linear layer to quantise ({len(layers)} are skipped)"
             )
         self._dense = tuple(name for name in layers if name not in formats)
-        self._hooks: list[Any] = []
         made: dict[int, Linear] = {}
         for name, fmt in formats.items():
             linear = layers[name]
             if id(linear) not in made:
                 made[id(linear)] = self._empty(name, linear, fmt)
-                module: Any = made[id(linear)]
-                self._hooks.append(module.register_load_state_dict_pre_hook(_refuse(name)))
             parent, _, last = name.rpartition(".")
             setattr(model.get_submodule(parent), last, made[id(linear)])
             model.all_tied_weights_keys.pop(f"{name}.weight", None)
+        _refuse_gaps(model)
 
-    def _formats(self, model: Any, layers: Mapping[str, nn.Module]) -> dict[str, Format]:
-        """The formats of the layers to quantise."""
+    def _formats(self, model: Any, layers: Mapping[str, nn.Module], files: list[str]) -> dict[str, Format]:
+        """The formats of the layers to quantise. files: the checkpoint's safetensors, if it has any."""
         asked = self.quantization_config.quantization
-        ks = {name: layer.in_features if isinstance(layer, nn.Linear) else layer.nx for name, layer in layers.items()}  # type: ignore[union-attr]
+        ks: dict[str, Any] = {
+            name: layer.in_features if isinstance(layer, nn.Linear) else layer.nx for name, layer in layers.items()
+        }
         if self.pre_quantized:
-            saved = _saved_names(model, asked)
-            found = {name: asked.format(saved.get(name, name), k) for name, k in ks.items()}  # type: ignore[arg-type]
-            self._ordered = {name for name in layers if saved.get(name, name) in asked.ordered}
+            saved = _saved_names(model, asked, files)
+            found = {
+                name: asked.format(saved.get(name, name), k) for name, k in ks.items() if not files or name in saved
+            }
+            self._ordered = {name for name in layers if saved.get(name) in asked.ordered}
             return {name: fmt for name, fmt in found.items() if fmt is not None}
         self._ordered = set()
         skip = self.quantization_config.skip
@@ -135,7 +144,7 @@ class VecmatQuantizer(HfQuantizer):  # type: ignore[misc]
         chosen: dict[str, Format] = {}
         for name, k in ks.items():
             parents = {name[:at] for at, character in enumerate(name) if character == "."} | {name}
-            fmt = None if parents & kept or not should_convert_module(name, wide) else asked.format(name, k)  # type: ignore[arg-type]
+            fmt = None if parents & kept or not should_convert_module(name, wide) else asked.format(name, k)
             if fmt is not None:
                 chosen[name] = fmt
         return chosen
@@ -156,10 +165,16 @@ class VecmatQuantizer(HfQuantizer):  # type: ignore[misc]
         """What transformers passes each such tensor through."""
         return _Quantize()
 
+    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> Any:
+        """The dtype that a saved tensor is cast to. Raises ``CheckpointError`` for a quantised part of another dtype."""
+        wanted = _CODES.get(dtype)
+        found = param.get_dtype() if hasattr(param, "get_dtype") else _CODES.get(param.dtype, str(param.dtype))
+        if wanted is not None and found != wanted:
+            raise CheckpointError(f"{', '.join(converter.target_patterns)} is {found}; expected {wanted}")
+        return super().get_new_dtype(converter, param, dtype)
+
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
+        del model._move_missing_keys_from_meta_to_device  # the class has its own
         for name, layer in _quantised(model).items():
             if layer.bias is not None:
                 layer.bias.requires_grad_(False)
@@ -247,18 +262,21 @@ class _Quantize(ConversionOps):  # type: ignore[misc]
         return out
 
 
-def _refuse(layer: str) -> Any:
-    """A hook for the one way in which transformers fills a tensor that it did not find: with whatever is in memory."""
+def _refuse_gaps(model: Any) -> None:
+    """Have a model that is being loaded raise where transformers would fill a part that it did not find with noise."""
+    fill = model._move_missing_keys_from_meta_to_device
+    parts = {f"{name}.{part}": name for name, layer in _quantised(model).items() for part in layer.state_dict()}
 
-    def hook(module: nn.Module, state_dict: Mapping[str, Tensor], prefix: str, *rest: Any) -> None:
-        lacking = sorted(name for name in state_dict if name.removeprefix(prefix).startswith("weight"))
+    def refuse(missing: Iterable[str], *arguments: Any, **options: Any) -> None:
+        lacking = sorted(name for name in missing if name in parts and not name.endswith(".bias"))
         if lacking:
             raise CheckpointError(
-                f"the checkpoint has no {layer}.{lacking[0].removeprefix(prefix)} that fits; a layer that it lacks can "
-                f"be left to torch: VecmatConfig(..., skip=[{layer!r}])"
+                f"{model.config.name_or_path}: has no {lacking[0]} that fits ({len(lacking)} such tensors); a layer "
+                f"that a dense checkpoint lacks can be left to torch: VecmatConfig(..., skip=[{parts[lacking[0]]!r}])"
             )
+        fill(missing, *arguments, **options)
 
-    return hook
+    model._move_missing_keys_from_meta_to_device = refuse
 
 
 def _quantised(model: nn.Module) -> dict[str, Linear]:
@@ -266,9 +284,15 @@ def _quantised(model: nn.Module) -> dict[str, Linear]:
     return {name: layer for name, layer in found.items() if not layer.format.dense}
 
 
-def _saved_names(model: Any, quantization: Quantization) -> dict[str, str]:
-    """Names of layers and what a checkpoint calls them that was saved with a head where there is none, or without."""
-    prefix = f"{model.base_model_prefix}."
+def _saved_names(model: Any, quantization: Quantization, files: list[str]) -> dict[str, str]:
+    """A model's names of layers, and a checkpoint's; they differ by a prefix where one has a head and the other none.
+
+    files: the checkpoint's safetensors; without any, its config has the only names that are known.
+    """
     known = {*quantization.modules_to_not_convert, *quantization.layers, *quantization.ordered}
+    for file in files:
+        with safe_open(file, "pt") as opened:
+            known |= {key.rpartition(".")[0] for key in opened.keys()}  # noqa: SIM118 - it is no dict
+    prefix = f"{model.base_model_prefix}."
     found = {name.removeprefix(prefix): name for name in known} | {prefix + name: name for name in known}
     return found | {name: name for name in known}

@@ -270,7 +270,7 @@ def quantize(
     w = w.t() if layout == "kn" else w
     n, k = w.shape
     data = torch.empty(n, -(-k // 2) if fmt.name == "int4" else k, dtype=fmt.dtype, device=w.device)
-    scale = torch.empty(n, fmt.groups(k), device=w.device)
+    scale = torch.empty(n, fmt.groups(k), dtype=torch.float32, device=w.device)
     zero = None if fmt.symmetric else torch.empty(scale.shape, dtype=torch.uint8, device=w.device)
     for rows in _chunks(n, k):
         block = w[rows].float()
