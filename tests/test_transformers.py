@@ -335,22 +335,22 @@ def test_a_config_is_its_dict(dense: Callable[..., Any]) -> None:
     assert torch.equal(logits(as_dict), logits(load(folder, "int4:g32:zp")))
 
 
-def test_the_full_model_is_never_in_memory(python: Python, tmp_path: Path) -> None:
+def test_the_full_model_is_never_in_memory(python: Python, dense: Callable[..., Any], tmp_path: Path) -> None:
     sizes = {"vocab_size": 64, "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8,
              "num_attention_heads": 4}  # fmt: skip
-    transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)).save_pretrained(tmp_path / "dense")
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)).save_pretrained(tmp_path / "large")
     code = """
 import re, sys, threading, torch, transformers, vecmat
 torch.set_num_threads(1)
 
-def private():  # bytes; pages of the checkpoint's file, which it is mapped from, are not counted
+def private():  # bytes without pages of the mapped file; bf16, because a tensor that needs no cast stays such a page
     return int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
 
-def load():
+def load(folder):
     config = vecmat.VecmatConfig("int4")
-    return transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], quantization_config=config)
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=torch.bfloat16)
 
-load()  # what is imported and allocated once
+load(sys.argv[1])  # what is imported and allocated once
 before, most, done = private(), 0, threading.Event()
 
 def watch():
@@ -360,17 +360,17 @@ def watch():
 
 watcher = threading.Thread(target=watch)
 watcher.start()
-model = load()
+model = load(sys.argv[2])
 done.set()
 watcher.join()
 print(most - before)
 """
     if not Path("/proc/self/status").exists():
         pytest.skip("memory is read from /proc")
-    grown = int(python(code, str(tmp_path / "dense")).split()[-1])
-    nbytes = (tmp_path / "dense" / "model.safetensors").stat().st_size
+    grown = int(python(code, str(dense()[1]), str(tmp_path / "large")).split()[-1])
+    nbytes = (tmp_path / "large" / "model.safetensors").stat().st_size
     assert nbytes > 80e6
-    assert grown < 0.4 * nbytes, f"{grown} bytes more for a checkpoint of {nbytes}"
+    assert grown < 0.5 * nbytes, f"{grown} bytes more, where bf16 weights alone take {nbytes // 2}"
 
 
 def test_importing_vecmat_imports_no_transformers_and_asking_for_the_config_registers_it(python: Python) -> None:

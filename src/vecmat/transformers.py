@@ -166,7 +166,7 @@ class VecmatQuantizer(HfQuantizer):  # type: ignore[misc]
         return _Quantize()
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> Any:
-        """The dtype a saved tensor is cast to. Raises ``CheckpointError`` for a quantised part that has another."""
+        """The dtype to cast a saved tensor to. Raises ``CheckpointError`` for a quantised part that has another."""
         wanted = _CODES.get(dtype)
         found = param.get_dtype() if hasattr(param, "get_dtype") else _CODES.get(param.dtype, str(param.dtype))
         if wanted is not None and found != wanted:
