@@ -339,10 +339,9 @@ def _replace(file: Path, text: str, suffix: str) -> None:
             out.flush()
             os.fsync(out.fileno())
         os.replace(name, file)
-    except BaseException:  # Ctrl-C too: nothing is swallowed, the unfinished file goes and the error is raised again
+    finally:  # after an error, Ctrl-C too, the unfinished file goes; after none there is nothing of that name
         with contextlib.suppress(OSError):
             os.unlink(name)
-        raise
 
 
 def remember(device_name: str, rows: Mapping[str, Row]) -> None:

@@ -96,9 +96,8 @@ def convert(source: str | Path, out: str | Path, weights: str | None = None, *, 
             if out.exists():
                 out.rmdir()
             os.replace(made, out)
-        except BaseException:  # Ctrl-C too: nothing half-written is left
+        finally:  # after an error, Ctrl-C too, nothing half-written is left; after none there is nothing of that name
             shutil.rmtree(made, ignore_errors=True)
-            raise
     return written
 
 

@@ -28,6 +28,15 @@ from ..weights import Weight
 from ._triton import LAUNCH_ERRORS, Frozen, Launch, arrivals, overlaps, rejects_device
 from .base import Config, Kernel, Run, flat
 
+# Values in a word, by the kind of weight.
+PER_WORD = {"dense": 2, "int8": 4, "fp8": 4, "int4": 8}
+
+
+@gluon.constexpr_function
+def per_word(kind):
+    """``PER_WORD`` of a kind, inside a kernel."""
+    return PER_WORD[kind]
+
 
 @gluon.constexpr_function
 def powers(count):
@@ -280,10 +289,6 @@ def store_tile(y, tile, part, split, scale_ptr, bias_ptr, y_ptr, part_ptr, count
     gl.store(y_ptr + m.to(gl.int64) * N + n, y.to(y_ptr.dtype.element_ty), mask=(n < N) & mine)
 
 
-# Values in a word, by the kind of weight.
-PER_WORD = {"dense": 2, "int8": 4, "fp8": 4, "int4": 8}
-
-
 def kind_of(problem: Problem) -> str:
     """The kind of a problem's weight, as the kernels call it."""
     return "dense" if problem.weight.dense else problem.weight.name
@@ -342,9 +347,9 @@ class Fragments(Kernel):
             return "a gradient is asked for; this kernel has none"
         if fmt.name == "fp8" and problem.x == "fp16" and device.capability < 89:
             return f"e4m3 to fp16 needs compute capability 8.9; this is {device.arch}"
-        per_word = PER_WORD[kind_of(problem)]
-        if problem.k % per_word:
-            return f"K={problem.k} is no multiple of {per_word}, the values in four bytes of a row"
+        values = PER_WORD[kind_of(problem)]
+        if problem.k % values:
+            return f"K={problem.k} is no multiple of {values}, the values in four bytes of a row"
         return rejects_device(problem, device)
 
     def prepare(self, weight: Weight) -> Frozen:

@@ -7,6 +7,7 @@ import ctypes
 import functools
 import threading
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import torch
@@ -178,7 +179,7 @@ _HERE = contextlib.nullcontext()
 
 # Counters by which the programs that share one sum find out who comes last.
 _COUNTERS: dict[tuple[int, int, int], Tensor] = {}  # (device, stream, the capture it is in or 0)
-_SLABS: dict[int, Tensor] = {}  # device: zeros for launches in CUDA graphs
+_SLABS: dict[int, Tensor] = {}  # device: the zeros they are cut from
 _SLAB_USED: dict[int, int] = {}
 _SLAB_LOCK = threading.Lock()
 _SLAB_WORDS = 1 << 20
@@ -189,29 +190,41 @@ def arrivals(index: int, count: int) -> Tensor:
     """``count`` int32 zeros that no launch running at the same time uses; the kernel must leave them zero.
 
     Launches on one stream run one after the other and share theirs; so do those captured on one stream into one CUDA
-    graph, which may be replayed on any stream beside other graphs and therefore has its own for good: from 4 MiB a
-    device, which suffice for 500 graphs; after that, zeroed by a memset in the graph at each launch.
+    graph, which may be replayed on any stream beside other graphs and therefore has its own for good. They are cut
+    from 4 MiB a device, which suffice for 500 streams and graphs; after that a memset goes before each launch.
     """
     stream = torch._C._cuda_getCurrentRawStream(index)
-    capture = _capture(stream) if torch.cuda.is_current_stream_capturing() else 0
+    with _on(index):
+        capture = _capture(stream) if torch.cuda.is_current_stream_capturing() else 0
     mine = _COUNTERS.get((index, stream, capture))
     if mine is not None and mine.numel() >= count:
         return mine
-    place, size = torch.device("cuda", index), max(count, _LEAST)
+    size = max(count, _LEAST)
     with _SLAB_LOCK:
-        if not capture:
-            if index not in _SLABS:
-                _SLABS[index] = torch.zeros(_SLAB_WORDS, dtype=torch.int32, device=place)
-                torch.cuda.current_stream(place).synchronize()  # graphs on other streams will use it
-            mine = torch.zeros(size, dtype=torch.int32, device=place)
-        else:
-            start = _SLAB_USED.get(index, 0)
-            if capture < 0 or index not in _SLABS or start + size > _SLAB_WORDS:
-                return torch.zeros(count, dtype=torch.int32, device=place)
+        if not capture and index not in _SLABS:
+            _SLABS[index] = _slab(index)
+        start = _SLAB_USED.get(index, 0)
+        if capture >= 0 and index in _SLABS and start + size <= _SLAB_WORDS:
             _SLAB_USED[index] = start + size
-            mine = _SLABS[index][start : start + size]
-        _COUNTERS[index, stream, capture] = mine
-    return mine
+            _COUNTERS[index, stream, capture] = _SLABS[index][start : start + size]
+            return _COUNTERS[index, stream, capture]
+    return torch.zeros(count, dtype=torch.int32, device=torch.device("cuda", index))
+
+
+def _slab(index: int) -> Tensor:
+    """Zeros that are complete for every stream, allocated by a thread of its own.
+
+    This one may be in a compiled graph's warm-up run, whose allocations torch takes from the graph's memory, and back.
+    """
+
+    def work() -> Tensor:
+        with torch.cuda.device(index):
+            slab = torch.zeros(_SLAB_WORDS, dtype=torch.int32, device=torch.device("cuda", index))
+            torch.cuda.current_stream(index).synchronize()
+        return slab
+
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(work).result()
 
 
 def _capture(stream: int) -> int:

@@ -21,6 +21,7 @@ from ._gluon import (
     lane_words,
     load_group,
     load_words,
+    per_word,
     splits,
     store_tile,
     word_layout,
@@ -55,8 +56,8 @@ def _decode(x_ptr, w_ptr, scale_ptr, zero_ptr, bias_ptr, y_ptr, part_ptr, count_
     """
     DEPTH: gl.constexpr = CHAINS * WARPS_K
     WIDTH: gl.constexpr = 4 * LANE_WORDS * UNROLL
-    PER_WORD: gl.constexpr = 8 if KIND == "int4" else 2 if KIND == "dense" else 4
-    X_WORDS: gl.constexpr = PER_WORD // 2  # of x, to a word of w
+    VALUES: gl.constexpr = per_word(KIND)  # in a word
+    X_WORDS: gl.constexpr = VALUES // 2  # of x, to a word of w
     W_TILE: gl.constexpr = word_layout(LANE_WORDS, UNROLL, 16, BLOCK_N, WARPS_N, DEPTH, WARPS_K)
     X_TILE: gl.constexpr = word_layout(LANE_WORDS * X_WORDS, UNROLL, 8, BLOCK_M, WARPS_N, DEPTH, WARPS_K)
     ACC: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [WARPS_K, WARPS_N, 1], [1, 16, 8])
@@ -95,9 +96,9 @@ def _decode(x_ptr, w_ptr, scale_ptr, zero_ptr, bias_ptr, y_ptr, part_ptr, count_
         gdc_wait()
     w = load_words(w_pointers, w_at, words, True, EVEN)
     if GROUP > 0:
-        scale = load_group(s_pointers, first * DEPTH + s_chain, groups, N, True, WIDTH * PER_WORD, GROUP)
+        scale = load_group(s_pointers, first * DEPTH + s_chain, groups, N, True, WIDTH * VALUES, GROUP)
         if ZERO:
-            zero = load_group(z_pointers, first * DEPTH + z_chain, groups, N, True, WIDTH * PER_WORD, GROUP)
+            zero = load_group(z_pointers, first * DEPTH + z_chain, groups, N, True, WIDTH * VALUES, GROUP)
     if PDL and FROZEN:
         gdc_wait()
     x = _load_x(x_pointers, x_at, words * X_WORDS, x_row, M, True, EVEN)
@@ -118,16 +119,16 @@ def _decode(x_ptr, w_ptr, scale_ptr, zero_ptr, bias_ptr, y_ptr, part_ptr, count_
         if AHEAD > 0:
             w = load_words(w_pointers, w_at, words, more, EVEN)
             if GROUP > 0:
-                scale = load_group(s_pointers, chain + s_chain, groups, N, more, WIDTH * PER_WORD, GROUP)
+                scale = load_group(s_pointers, chain + s_chain, groups, N, more, WIDTH * VALUES, GROUP)
                 if ZERO:
-                    zero = load_group(z_pointers, chain + z_chain, groups, N, more, WIDTH * PER_WORD, GROUP)
+                    zero = load_group(z_pointers, chain + z_chain, groups, N, more, WIDTH * VALUES, GROUP)
         if AHEAD > 1:
             x = _load_x(x_pointers, x_at, words * X_WORDS, x_row, M, more, EVEN)
         left = fragments(w_now, zero_now, KIND, BF16, ZERO, DEPTH * BLOCK_N, LANE_WORDS, UNROLL)
-        left = gl.convert_layout(left.reshape([DEPTH, BLOCK_N, WIDTH * PER_WORD]), LEFT)
+        left = gl.convert_layout(left.reshape([DEPTH, BLOCK_N, WIDTH * VALUES]), LEFT)
         low, high = halves(x_now, BF16)
-        right = in_order(gl.join(low, high), KIND, DEPTH * BLOCK_M, LANE_WORDS * PER_WORD, UNROLL)
-        right = right.reshape([DEPTH, BLOCK_M, WIDTH * PER_WORD]).permute([0, 2, 1])
+        right = in_order(gl.join(low, high), KIND, DEPTH * BLOCK_M, LANE_WORDS * VALUES, UNROLL)
+        right = right.reshape([DEPTH, BLOCK_M, WIDTH * VALUES]).permute([0, 2, 1])
         right = gl.convert_layout(right, RIGHT)
         if GROUP > 0:
             product = mma_v2(left, right, gl.zeros([DEPTH, BLOCK_N, BLOCK_M], gl.float32, ACC))
@@ -137,9 +138,9 @@ def _decode(x_ptr, w_ptr, scale_ptr, zero_ptr, bias_ptr, y_ptr, part_ptr, count_
         if AHEAD == 0:
             w = load_words(w_pointers, w_at, words, more, EVEN)
             if GROUP > 0:
-                scale = load_group(s_pointers, chain + s_chain, groups, N, more, WIDTH * PER_WORD, GROUP)
+                scale = load_group(s_pointers, chain + s_chain, groups, N, more, WIDTH * VALUES, GROUP)
                 if ZERO:
-                    zero = load_group(z_pointers, chain + z_chain, groups, N, more, WIDTH * PER_WORD, GROUP)
+                    zero = load_group(z_pointers, chain + z_chain, groups, N, more, WIDTH * VALUES, GROUP)
         if AHEAD < 2:
             x = _load_x(x_pointers, x_at, words * X_WORDS, x_row, M, more, EVEN)
     store_tile(gl.sum(acc, 0), tile, part, split, scale_ptr, bias_ptr, y_ptr, part_ptr, count_ptr, N, M,
@@ -209,12 +210,12 @@ class TritonDecode(Fragments):
 
     def default_config(self, problem: Problem, device: Device) -> Config:
         block_n, warps, warps_n, depth, ahead = _best_tile(problem, device)
-        per_word = PER_WORD[kind_of(problem)]
+        values = PER_WORD[kind_of(problem)]
         if not problem.weight.symmetric:
             depth = min(depth, 2)  # zero points need registers of their own
         while True:
             config = self._config(problem, (block_n, warps, warps_n, depth, ahead))
-            step = self.step_words(config) * per_word
+            step = self.step_words(config) * values
             # No deeper than K; and masks need registers of their own.
             if depth == 1 or (step < 2 * problem.k and (depth < 8 or problem.k % step == 0)):
                 parts = splits(-(-problem.n // block_n), problem.k // step, device.units)

@@ -19,6 +19,7 @@ from ._gluon import (
     lane_words,
     load_group,
     load_words,
+    per_word,
     splits,
     store_tile,
     word_layout,
@@ -49,8 +50,8 @@ def _warpgroups(x_ptr, w_ptr, scale_ptr, zero_ptr, bias_ptr, y_ptr, part_ptr, co
     row_words: words in a row of w, ALIGN of them taken for one. Rows past N repeat the last and are not stored.
     """
     WIDTH: gl.constexpr = 4 * LANE_WORDS * UNROLL
-    PER_WORD: gl.constexpr = 8 if KIND == "int4" else 2 if KIND == "dense" else 4
-    DEEP: gl.constexpr = WIDTH * PER_WORD
+    VALUES: gl.constexpr = per_word(KIND)  # in a word
+    DEEP: gl.constexpr = WIDTH * VALUES
     W_TILE: gl.constexpr = word_layout(LANE_WORDS, UNROLL, 16, BLOCK_N, WARPS, 1, 1)
     X_TILE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // min(256, DEEP), min(32, DEEP // 8)], [WARPS, 1], [1, 0])
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_M, 16])
@@ -61,7 +62,7 @@ def _warpgroups(x_ptr, w_ptr, scale_ptr, zero_ptr, bias_ptr, y_ptr, part_ptr, co
     tile = gl.program_id(0)
     part = gl.program_id(1)
     words = row_words * ALIGN
-    K = words * PER_WORD
+    K = words * VALUES
     steps = (words + WIDTH - 1) // WIDTH
     first = steps * part // split
     last = steps * (part + 1) // split
@@ -91,7 +92,7 @@ def _warpgroups(x_ptr, w_ptr, scale_ptr, zero_ptr, bias_ptr, y_ptr, part_ptr, co
     for step in range(first, last):
         more = step + 1 < last
         buffer = staged.index((step - first) % 2)
-        buffer.store(in_order(x, KIND, BLOCK_M, LANE_WORDS * PER_WORD, UNROLL))
+        buffer.store(in_order(x, KIND, BLOCK_M, LANE_WORDS * VALUES, UNROLL))
         w_now = w
         zero_now = 0
         if GROUP > 0:
