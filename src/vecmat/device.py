@@ -10,6 +10,8 @@ from typing import Literal
 
 import torch
 
+from .native import native
+
 Kind = Literal["cpu", "cuda", "hip", "other"]
 
 
@@ -25,6 +27,7 @@ class Device:
     shared_bytes: shared memory one block may take. l2_bytes: the last cache before memory (L3 on a CPU).
     read_gbs: GB/s of a read-only stream. tflops16, tflops32, tops8: dense matrix rates on random data in 1e12
     operations a second for 16-bit floats, fp32, and int8 (or fp8). Rates are for ranking kernels, not promises.
+    native: the instruction set that vecmat's own CPU library uses here, "" without that library.
     """
 
     kind: Kind
@@ -39,6 +42,7 @@ class Device:
     tflops32: float
     tops8: float
     interpreted: bool = False
+    native: str = ""
 
     @property
     def is_gpu(self) -> bool:
@@ -162,7 +166,7 @@ def _cpu(threads: int, interpreted: bool) -> Device:
     return Device(
         kind="cpu", name=f"{model} {arch} {threads} threads", arch=arch, units=threads, l2_bytes=cache,
         read_gbs=min(13.0 * threads, 250.0), tflops16=tflops16 * threads, tflops32=tflops32 * threads,
-        tops8=tops8 * threads, interpreted=interpreted,
+        tops8=tops8 * threads, interpreted=interpreted, native=native().isa,
     )  # fmt: skip
 
 

@@ -34,8 +34,8 @@ def matmul(
     x: (..., K), one dimension or more, fp32, bf16 or fp16, any strides. weight: a ``Weight``, or a dense tensor of
     x's dtype, (N, K) with layout "nk" (as ``torch.nn.Linear`` keeps it) or (K, N) with "kn"; a ``Weight`` knows its
     own layout. bias: (N,), x's dtype. out_dtype: the result's dtype, x's by default. kernel: a kernel's name to use
-    and no other. compute: None keeps x as it is; "int8" (int8 weights) or "fp8" (fp8 weights) quantises each row of
-    x on the fly, which changes the numbers and is therefore never chosen for you.
+    and no other. compute: None keeps x as it is; "int8" (int8 and int4 weights) or "fp8" (fp8 weights) quantises each row
+    of x on the fly, which changes the numbers and is therefore never chosen for you.
 
     Returns y (..., N), freshly allocated. Sums are in fp32 at least and rounded once (torch's own int8 and
     int4 products round before the bias is added); the same call gives the same bits. Raises ``ValueError`` or
@@ -222,10 +222,14 @@ def check_compute(compute: str | None, fmt: Format) -> None:
     """Raise ``ValueError`` unless a weight of this format can be multiplied so."""
     if compute not in COMPUTES:
         raise ValueError(f"matmul: compute is {compute!r}; expected None, 'int8' or 'fp8'")
-    if compute is not None and (fmt.name != compute or fmt.group_size is not None):
+    if compute == "int8" and fmt.name not in ("int8", "int4"):
         raise ValueError(
-            f"matmul: compute={compute!r} multiplies {compute} by {compute}, so it needs an {compute} weight with one "
-            f"scale per channel; this one is {fmt}"
+            f"matmul: compute='int8' multiplies integers, so it needs an int8 or int4 weight; this is {fmt}"
+        )
+    if compute == "fp8" and (fmt.name != "fp8" or fmt.group_size is not None):
+        raise ValueError(
+            f"matmul: compute='fp8' multiplies fp8 by fp8, so it needs an fp8 weight with one scale per channel; this "
+            f"is {fmt}"
         )
 
 

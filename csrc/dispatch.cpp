@@ -1,0 +1,70 @@
+// The C interface: which instruction set this processor has, and its kernels.
+#include <string.h>
+
+#include "isa.h"
+
+namespace vecmat {
+
+#if defined(__x86_64__)
+extern const Isa isa_avx512_bf16, isa_avx512_vnni, isa_avx512, isa_avx2, isa_portable;
+
+static bool runs(const Isa& isa) {
+    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    if (&isa == &isa_avx512_bf16) return vnni && __builtin_cpu_supports("avx512bf16");
+    if (&isa == &isa_avx512_vnni) return vnni;
+    if (&isa == &isa_avx512) return avx512;
+    if (&isa == &isa_avx2) return avx2;
+    return true;
+}
+
+static const Isa* const ISAS[] = {&isa_avx512_bf16, &isa_avx512_vnni, &isa_avx512, &isa_avx2, &isa_portable};
+#else
+extern const Isa isa_portable;
+
+static bool runs(const Isa&) { return true; }
+
+static const Isa* const ISAS[] = {&isa_portable};
+#endif
+
+static const Isa* in_use = nullptr;
+
+}  // namespace vecmat
+
+#define VECMAT_API extern "C" __attribute__((visibility("default")))
+
+// The name of the i-th instruction set that this processor has, best first; null past the last.
+VECMAT_API const char* vecmat_isa(int64_t i) {
+    for (const vecmat::Isa* isa : vecmat::ISAS)
+        if (vecmat::runs(*isa) && i-- == 0) return isa->name;
+    return nullptr;
+}
+
+// Use an instruction set from here on, by its name; 0 if this processor does not have it. Call it before all others.
+VECMAT_API int64_t vecmat_use(const char* name) {
+    for (const vecmat::Isa* isa : vecmat::ISAS)
+        if (strcmp(isa->name, name) == 0 && vecmat::runs(*isa)) {
+            vecmat::in_use = isa;
+            return 1;
+        }
+    return 0;
+}
+
+// Output channels of a panel.
+VECMAT_API int64_t vecmat_columns() { return vecmat::in_use->columns; }
+
+// Fill a weight's panels from the plain storage: data with rows ``row_bytes`` apart, scale and zero (n, groups).
+VECMAT_API void vecmat_pack(const vecmat_panels* weight, const uint8_t* data, int64_t row_bytes, const float* scale,
+                            const uint8_t* zero) {
+    vecmat::in_use->pack(weight, data, row_bytes, scale, zero);
+}
+
+// y = x @ weight + bias; 0 if there is no memory to work in.
+VECMAT_API int64_t vecmat_multiply(const vecmat_panels* weight, const void* x, int64_t ldx, void* y, const void* bias,
+                                   int64_t m, int64_t x_type, int64_t y_type, int64_t digits, int64_t threads) {
+    const vecmat_call call = {weight, x, ldx, y, bias, m, (int32_t)x_type, (int32_t)y_type, (int32_t)digits,
+                              (int32_t)threads};
+    return vecmat::in_use->panels(&call);
+}

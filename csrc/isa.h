@@ -1,0 +1,15 @@
+// What one instruction set's translation unit offers.
+#pragma once
+
+#include "vecmat.h"
+
+namespace vecmat {
+
+struct Isa {
+    const char* name;
+    int columns;  // output channels of a panel
+    void (*pack)(const vecmat_panels*, const uint8_t* data, int64_t row_bytes, const float* scale, const uint8_t* zero);
+    bool (*panels)(const vecmat_call*);  // false if there is no memory to work in
+};
+
+}  // namespace vecmat

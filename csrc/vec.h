@@ -1,0 +1,186 @@
+// The vector registers of one instruction set, as types and a few functions; everything else is written over them.
+//
+// This header is compiled several times, with the compiler's flags for one instruction set and VECMAT_ISA naming it.
+// All of it lies in a namespace of that name, and none of it uses the standard library's templates: the linker must
+// never take code made for one set into another's path.
+#pragma once
+
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace vecmat {
+namespace VECMAT_ISA {
+
+#if defined(__AVX512BW__)
+constexpr int WIDTH = 64;  // bytes of a register
+#elif defined(__AVX2__)
+constexpr int WIDTH = 32;
+#else
+constexpr int WIDTH = 16;
+#endif
+constexpr int LANES = WIDTH / 4;
+
+typedef float f32 __attribute__((vector_size(WIDTH)));
+typedef int32_t i32 __attribute__((vector_size(WIDTH)));
+typedef uint32_t u32 __attribute__((vector_size(WIDTH)));
+typedef uint16_t u16x __attribute__((vector_size(WIDTH / 2)));  // as many as there are lanes
+typedef uint8_t u8x __attribute__((vector_size(WIDTH / 4)));
+typedef int8_t i8x __attribute__((vector_size(WIDTH / 4)));
+
+// Elements of x, y and dense weights. The 16-bit floats are bare bits.
+struct bf16 { uint16_t bits; };
+struct fp16 { uint16_t bits; };
+
+template <class V> inline V load_as(const void* from) {
+    V value;
+    memcpy(&value, from, sizeof value);
+    return value;
+}
+template <class V> inline void store_as(void* to, V value) { memcpy(to, &value, sizeof value); }
+
+inline f32 splat(float value) { return f32{} + value; }
+inline i32 splat(int32_t value) {
+#if defined(__AVX512BW__)
+    return (i32)_mm512_set1_epi32(value);
+#elif defined(__AVX2__)
+    return (i32)_mm256_set1_epi32(value);
+#else
+    return i32{} + value;
+#endif
+}
+
+// a * b + c, rounded once where the instruction set can.
+inline f32 fma(f32 a, f32 b, f32 c) {
+#if defined(__AVX512BW__)
+    return (f32)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX2__)
+    return (f32)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+    return a * b + c;
+#endif
+}
+
+inline f32 to_float(i32 value) { return __builtin_convertvector(value, f32); }
+
+// To the nearest integer, ties to even; |value| < 2^31.
+inline i32 to_int(f32 value) {
+#if defined(__AVX512BW__)
+    return (i32)_mm512_cvtps_epi32((__m512)value);
+#elif defined(__AVX2__)
+    return (i32)_mm256_cvtps_epi32((__m256)value);
+#else
+    i32 out;
+    for (int lane = 0; lane < LANES; ++lane) out[lane] = (int32_t)__builtin_rintf(value[lane]);
+    return out;
+#endif
+}
+
+// The low byte of each lane.
+inline i8x to_bytes(i32 value) { return __builtin_convertvector(value, i8x); }
+inline i32 from_bytes(u8x value) { return __builtin_convertvector(value, i32); }
+
+inline int32_t sum(i32 value) {
+    int32_t total = 0;
+    for (int lane = 0; lane < LANES; ++lane) total += value[lane];
+    return total;
+}
+
+// acc + the sum of four products in each lane: unsigned bytes of w times signed bytes of x. Exact. NARROW promises that
+// no byte of w exceeds 127, which makes it cheaper where there is no instruction for it.
+template <bool NARROW> inline i32 dot(i32 acc, i32 w, i32 x) {
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+    return (i32)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)w, (__m512i)x);
+#elif defined(__AVX512BW__)
+    const __m512i ones = _mm512_set1_epi16(1);
+    if (NARROW) return acc + (i32)_mm512_madd_epi16(_mm512_maddubs_epi16((__m512i)w, (__m512i)x), ones);
+    const __m512i low = _mm512_set1_epi16(255);  // one product at a time: the sum of two would saturate 16 bits
+    const __m512i even = _mm512_maddubs_epi16(_mm512_and_si512((__m512i)w, low), (__m512i)x);
+    const __m512i odd = _mm512_maddubs_epi16(_mm512_andnot_si512(low, (__m512i)w), (__m512i)x);
+    return acc + (i32)_mm512_madd_epi16(even, ones) + (i32)_mm512_madd_epi16(odd, ones);
+#elif defined(__AVX2__)
+    const __m256i ones = _mm256_set1_epi16(1);
+    if (NARROW) return acc + (i32)_mm256_madd_epi16(_mm256_maddubs_epi16((__m256i)w, (__m256i)x), ones);
+    const __m256i low = _mm256_set1_epi16(255);
+    const __m256i even = _mm256_maddubs_epi16(_mm256_and_si256((__m256i)w, low), (__m256i)x);
+    const __m256i odd = _mm256_maddubs_epi16(_mm256_andnot_si256(low, (__m256i)w), (__m256i)x);
+    return acc + (i32)_mm256_madd_epi16(even, ones) + (i32)_mm256_madd_epi16(odd, ones);
+#else
+    const u32 bytes = (u32)w;
+    acc += (i32)(bytes & 255) * ((i32)((u32)x << 24) >> 24);
+    acc += (i32)(bytes >> 8 & 255) * ((i32)((u32)x << 16) >> 24);
+    acc += (i32)(bytes >> 16 & 255) * ((i32)((u32)x << 8) >> 24);
+    acc += (i32)(bytes >> 24) * (x >> 24);
+    return acc;
+#endif
+}
+
+// 16-bit floats to fp32 and back, to nearest, ties to even; NaN stays NaN.
+inline f32 widen(u16x bits, bf16) { return (f32)(__builtin_convertvector(bits, u32) << 16); }
+
+inline f32 widen(u16x bits, fp16) {
+#if defined(__AVX512BW__)
+    return (f32)_mm512_cvtph_ps((__m256i)bits);
+#elif defined(__F16C__) && defined(__AVX2__)
+    return (f32)_mm256_cvtph_ps((__m128i)bits);
+#else
+    const u32 wide = __builtin_convertvector(bits, u32);
+    const u32 magnitude = wide & 0x7fff;
+    // The exponent moves from bias 15 to 127: a power of two does it, for subnormals too. Inf and NaN are set apart.
+    const f32 finite = (f32)(magnitude << 13) * splat(0x1p112f);
+    const u32 special = (u32)(magnitude >= 0x7c00);
+    const u32 value = ((u32)finite & ~special) | (((magnitude << 13) | 0x7f800000u) & special);
+    return (f32)(value | (wide & 0x8000) << 16);
+#endif
+}
+
+inline u16x narrow(f32 value, bf16) {
+    const u32 bits = (u32)value;
+    const u32 rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    const u32 nan = (u32)(value != value);
+    return __builtin_convertvector((rounded & ~nan) | ((bits >> 16 | 0x40) & nan), u16x);
+}
+
+inline u16x narrow(f32 value, fp16) {
+#if defined(__AVX512BW__)
+    return (u16x)_mm512_cvtps_ph((__m512)value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif defined(__F16C__) && defined(__AVX2__)
+    return (u16x)_mm256_cvtps_ph((__m256)value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+    const u32 bits = (u32)value;
+    const u32 magnitude = bits & 0x7fffffff;
+    // Adding a number whose last bit is fp16's last bit at this exponent rounds there: subnormals alike.
+    const u32 exponent = (magnitude & 0x7f800000) > 0x38800000 ? (magnitude & 0x7f800000) : u32{} + 0x38800000;
+    const f32 anchor = (f32)(exponent + (13u << 23));
+    const u32 steps = (u32)((f32)magnitude + anchor) - (u32)anchor;
+    const u32 normal = steps + (((exponent >> 23) - 113) << 10);
+    const u32 large = (u32)(magnitude >= 0x477ff000), nan = (u32)(magnitude > 0x7f800000);
+    const u32 half = (normal & ~large) | (((0x7c00u & ~nan) | (0x7e00u & nan)) & large);
+    return __builtin_convertvector(half | (bits >> 16 & 0x8000), u16x);
+#endif
+}
+
+inline f32 load(const float* from) { return load_as<f32>(from); }
+template <class T> inline f32 load(const T* from) { return widen(load_as<u16x>(from), T()); }
+inline void store(float* to, f32 value) { store_as(to, value); }
+template <class T> inline void store(T* to, f32 value) { store_as(to, narrow(value, T())); }
+
+// The first ``count`` elements (fewer than a register's), zeros behind them.
+template <class T> inline f32 load(const T* from, int count) {
+    T part[LANES];
+    memset(part, 0, sizeof part);
+    memcpy(part, from, count * sizeof(T));
+    return load(part);
+}
+template <class T> inline void store(T* to, f32 value, int count) {
+    if (count >= LANES) return store(to, value);
+    T part[LANES];
+    store(part, value);
+    memcpy(to, part, count * sizeof(T));
+}
+
+}  // namespace VECMAT_ISA
+}  // namespace vecmat

@@ -1,0 +1,107 @@
+"""int8 and int4 weights on a CPU, by products of bytes: vecmat's own kernel (csrc/panels.h)."""
+
+from __future__ import annotations
+
+from ctypes import addressof
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..device import Device
+from ..native import Panels, native
+from ..problem import DTYPES, Problem
+from ..weights import Weight
+from .base import Config, Kernel, Run, time_us
+
+_TYPES = {"fp32": 0, "bf16": 1, "fp16": 2}
+
+
+class Packed:
+    """A weight in panels: the C structure, its address, and the tensors it points into."""
+
+    __slots__ = ("address", "panels", "tensors")
+
+    def __init__(self, weight: Weight) -> None:
+        columns = native().columns
+        bits = 8 if weight.format.name == "int8" else 4
+        panels, padded = -(-weight.n // columns), -(-weight.k // 8) * 8
+        groups = weight.format.groups(weight.k)
+        data = torch.empty(panels * padded * columns * bits // 8, dtype=torch.uint8)
+        scale = torch.empty(panels * groups * columns)
+        zero = None if weight.zero is None else torch.empty(scale.shape, dtype=torch.uint8)
+        self.tensors = data, scale, zero
+        self.panels = Panels(
+            data.data_ptr(), scale.data_ptr(), None if zero is None else zero.data_ptr(),
+            weight.n, weight.k, weight.format.group_size or 0, bits,
+        )  # fmt: skip
+        self.address = addressof(self.panels)
+        assert weight.scale is not None
+        stored, scales = weight.data.contiguous(), weight.scale.contiguous()
+        zeros = None if weight.zero is None else weight.zero.contiguous()
+        native().pack(
+            self.address, stored.data_ptr(), stored.stride(0), scales.data_ptr(),
+            None if zeros is None else zeros.data_ptr(),
+        )  # fmt: skip
+
+
+class CpuPanels(Kernel):
+    """int8 or int4 weight, groups or not, zero points or not; x of 16 or 32 bits, or int8 by rows if that is asked for.
+
+    The weight lies in panels, the column in the register's lanes. x is written as two signed bytes an element for a
+    16-bit result (within 2**-16 of the row's largest element), as four for fp32 (exact within 2**-7 of the largest),
+    as one for ``compute="int8"``; the products of bytes are summed in int32, the groups' sums scaled and added in
+    fp32 in the order of k.
+    """
+
+    @property
+    def packing(self) -> str:  # type: ignore[override]
+        return f"cpu_panels_{native().isa}"
+
+    def rejects(self, problem: Problem, device: Device) -> str | None:
+        if device.kind != "cpu":
+            return "this kernel is for CPUs"
+        if problem.weight.name not in ("int8", "int4"):
+            return f"the weight is {problem.weight}; this kernel multiplies int8 and int4"
+        if problem.grad:
+            return "a gradient is asked for; this kernel has none"
+        if not device.native:
+            return native().reason
+        return None
+
+    def estimate_us(self, problem: Problem, device: Device, config: Config) -> float:
+        return time_us(problem.bytes_moved, device.read_gbs, 0, 1, 6.0)
+
+    def reduction(self, problem: Problem, config: Config) -> str:
+        return f"int32 by groups of k, {_digits(problem)} digits, then fp32 in order"
+
+    def prepare(self, weight: Weight) -> Any:
+        return Packed(weight)
+
+    def bind(self, problem: Problem, device: Device, config: Config) -> Run:
+        multiply, empty = native().multiply, torch.empty
+        n, k, digits, threads = problem.n, problem.k, _digits(problem), device.units
+        x_type, y_type, out = _TYPES[problem.x], _TYPES[problem.out], DTYPES[problem.out]
+
+        def run(x: Tensor, operand: Any, bias: Tensor | None) -> Tensor:
+            rows = x if x.dim() == 2 else x.reshape(-1, k)
+            if rows.stride(1) != 1:
+                rows = rows.contiguous()
+            y = empty((*x.shape[:-1], n), dtype=out)
+            start = None if bias is None else (bias if bias.stride(0) == 1 else bias.contiguous())
+            done = multiply(
+                operand.address, rows.data_ptr(), rows.stride(0), y.data_ptr(),
+                None if start is None else start.data_ptr(), rows.shape[0], x_type, y_type, digits, threads,
+            )  # fmt: skip
+            if not done:
+                raise MemoryError(f"matmul: no memory to work in for {problem}")
+            return y
+
+        return run
+
+
+def _digits(problem: Problem) -> int:
+    """Signed bytes that an element of x becomes."""
+    if problem.compute:
+        return 1
+    return 4 if "fp32" in (problem.x, problem.out) else 2
