@@ -22,7 +22,8 @@ TREES = {name: ast.parse(file.read_text(encoding="utf-8")) for name, file in FIL
 # A file may import files of a lower level only. Within L1 weights stands on problem, within L2 the kernels on their
 # base and on what the Triton kernels share.
 LEVELS = {
-    "_version": 0, "errors": 0, "native": 0, "settings": 0, "device": 0.5, "deepspeed_config": 0.5, "deepspeed_install": 0,
+    "_version": 0, "errors": 0, "native": 0, "settings": 0, "deepspeed_install": 0,
+    "device": 0.5, "deepspeed_config": 0.5,
     "problem": 1, "weights": 1.5, "packs": 1.7,
     "kernels.base": 2, "kernels._triton": 2.1, "kernels._gluon": 2.2, "kernels": 2.9,
     "table": 2, "tables": 2.1, "bench": 2, "workloads": 2,

@@ -34,8 +34,8 @@ def matmul(
     x: (..., K), one dimension or more, fp32, bf16 or fp16, any strides. weight: a ``Weight``, or a dense tensor of
     x's dtype, (N, K) with layout "nk" (as ``torch.nn.Linear`` keeps it) or (K, N) with "kn"; a ``Weight`` knows its
     own layout. bias: (N,), x's dtype. out_dtype: the result's dtype, x's by default. kernel: a kernel's name to use
-    and no other. compute: None keeps x as it is; "int8" (int8 and int4 weights) or "fp8" (fp8 weights) quantises each row
-    of x on the fly, which changes the numbers and is therefore never chosen for you.
+    and no other. compute: None keeps x as it is; "int8" (int8 and int4 weights) or "fp8" (fp8 weights) quantises
+    each row of x on the fly, which changes the numbers and is therefore never chosen for you.
 
     Returns y (..., N), freshly allocated. Sums are in fp32 at least and rounded once (torch's own int8 and
     int4 products round before the bias is added); the same call gives the same bits. Raises ``ValueError`` or
