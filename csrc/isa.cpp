@@ -42,7 +42,7 @@ template <int BITS, int D, class X> inline bool multiply(const vecmat_call& call
             rows[row] = to_digits<D>((const X*)call.x + row * call.ldx, w.k, shape, offset,
                                      digits + row * D * shape.padded, start + row * D * shape.groups);
         if (shared) team.wait();
-        columns<BITS, D, X>(call, shape, {digits, start, rows}, units * thread / threads, units * (thread + 1) / threads,
+        columns<BITS, D>(call, shape, {digits, start, rows}, units * thread / threads, units * (thread + 1) / threads,
                             (float*)mine);
     });
     return true;

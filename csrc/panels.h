@@ -52,7 +52,7 @@ template <int D, class T> inline Row to_digits(const T* x, int64_t k, const Shap
                                                int32_t* start) {
     i32 top = {};
     for (int64_t i = 0; i < k; i += LANES) {
-        const f32 v = i + LANES <= k ? load(x + i) : load(x + i, (int)(k - i));
+        const f32 v = load_some(x + i, k - i);
         const i32 magnitude = (i32)v & 0x7fffffff;  // as integers they are ordered like numbers, and NaN is the largest
         top = magnitude > top ? magnitude : top;
     }
@@ -84,7 +84,7 @@ template <int D, class T> inline Row to_digits(const T* x, int64_t k, const Shap
         const int64_t from = g * shape.size, to = g + 1 < shape.groups ? from + shape.size : k;
         i32 sums[D] = {};
         for (int64_t i = from; i < to; i += LANES) {
-            const f32 v = i + LANES <= to ? load(x + i) : load(x + i, (int)(to - i));
+            const f32 v = load_some(x + i, to - i);
             i32 rest = to_int(v * lift * factor);
             for (int d = 0; d < D; ++d) {  // from the lowest, each within -128..127
                 const i32 digit = d + 1 < D ? (i32)((u32)rest << 24) >> 24 : rest;
@@ -117,10 +117,17 @@ struct Strip {
     const uint8_t* zero;
 };
 
+// What a tile asks of the memory while it computes: of each step's lines those from ``from`` to ``to``, ``distance``
+// bytes further on.
+struct Ahead {
+    int64_t distance;
+    int from, to;
+};
+
 // f += the sums of groups [first, last): M rows of x, NV registers of columns. Without groups f is not scaled yet.
 template <int BITS, int D, int M, int NV>
 inline void accumulate(const vecmat_panels& w, const Shape& shape, const Strip& strip, const Digits& x, int64_t first,
-                       int64_t last, f32 (&f)[M][NV]) {
+                       int64_t last, const Ahead& ahead, f32 (&f)[M][NV]) {
     constexpr int STEP = BITS == 8 ? 4 : 8;  // k of one register
     const int64_t line = shape.padded, groups = shape.groups;
     for (int64_t g = first; g < last; ++g) {
@@ -137,6 +144,7 @@ inline void accumulate(const vecmat_panels& w, const Shape& shape, const Strip& 
         const uint8_t* data = strip.data + from / STEP * COLUMNS * 4;
         const int8_t* digits = x.digits + from;
         for (int64_t k = from; k < to; k += STEP, data += COLUMNS * 4, digits += STEP) {
+            for (int line = ahead.from; line < ahead.to; ++line) prefetch(data + ahead.distance + line * 64);
             i32 low[NV], high[NV];
             for (int j = 0; j < NV; ++j) {
                 low[j] = load_as<i32>(data + j * WIDTH);
@@ -172,36 +180,26 @@ struct Out {
     int64_t column;  // of the strip's first
 };
 
-template <class X, class Y> inline void finish_as(const Out& out, int64_t row, int vector, f32 value) {
-    const int64_t n = out.call.weight->n, column = out.column + vector * LANES;
+inline void finish(const Out& out, int64_t row, int vector, f32 value) {
+    const vecmat_call& call = out.call;
+    const int64_t n = call.weight->n, column = out.column + vector * LANES;
     const int count = n - column < LANES ? (int)(n - column) : LANES;
     if (count <= 0) return;
-    if (out.call.bias) {
-        const X* bias = (const X*)out.call.bias + column;
-        value += count == LANES ? load(bias) : load(bias, count);
-    }
-    store((Y*)out.call.y + row * n + column, value, count);
-}
-
-template <class X> inline void finish(const Out& out, int64_t row, int vector, f32 value) {
-    switch (out.call.y_type) {
-        case VECMAT_FP32: return finish_as<X, float>(out, row, vector, value);
-        case VECMAT_BF16: return finish_as<X, bf16>(out, row, vector, value);
-        default: return finish_as<X, fp16>(out, row, vector, value);
-    }
+    if (call.bias) value += load_any(call.bias, call.x_type, column, count);
+    store_any(call.y, call.y_type, row * n + column, value, count);
 }
 
 // Rows [row, row + M) of NV registers of columns, over groups [first, last); ``partial`` keeps what is not finished.
-template <int BITS, int D, int M, int NV, class X>
+template <int BITS, int D, int M, int NV>
 __attribute__((noinline)) void tile(const Out& out, const Shape& shape, const Strip& strip, const Digits& all,
-                                    int64_t row, int64_t first, int64_t last, float* partial) {
+                                    int64_t row, int64_t first, int64_t last, const Ahead& ahead, float* partial) {
     const vecmat_panels& w = *out.call.weight;
     const Digits x = {all.digits + row * D * shape.padded, all.start + row * D * shape.groups, all.rows + row};
     float* kept = partial + row * COLUMNS;
     f32 f[M][NV];
     for (int m = 0; m < M; ++m)
         for (int j = 0; j < NV; ++j) f[m][j] = first ? load(kept + m * COLUMNS + j * LANES) : f32{};
-    accumulate<BITS, D, M, NV>(w, shape, strip, x, first, last, f);
+    accumulate<BITS, D, M, NV>(w, shape, strip, x, first, last, ahead, f);
     for (int m = 0; m < M; ++m) {
         const f32 scale = splat(x.rows[m].scale), after = splat(x.rows[m].after);
         for (int j = 0; j < NV; ++j) {
@@ -211,12 +209,12 @@ __attribute__((noinline)) void tile(const Out& out, const Shape& shape, const St
             }
             f32 value = f[m][j];
             if (!w.group) value *= load(strip.scale + j * LANES);
-            finish<X>(out, row + m, j, value * scale * after);
+            finish(out, row + m, j, value * scale * after);
         }
     }
 }
 
-template <int BITS, int D, int NV, class X>
+template <int BITS, int D, int NV>
 inline void rows_of_strip(const Out& out, const Shape& shape, const Strip& strip, const Digits& x, float* partial) {
     constexpr int MOST = ROWS / D ? ROWS / D : 1;
     const int64_t m = out.call.m;
@@ -224,11 +222,14 @@ inline void rows_of_strip(const Out& out, const Shape& shape, const Strip& strip
     const int64_t blocks = divide_up(m, MOST);
     for (int64_t first = 0; first < shape.groups; first += chunk) {
         const int64_t last = first + chunk < shape.groups ? first + chunk : shape.groups;
+        const int64_t distance = (last - first) * shape.size * COLUMNS * BITS / 8;
+        const int64_t lines = blocks > 1 && NV == VECTORS ? COLUMNS * 4 / 64 : 0;  // one block: the memory sees a stream
         for (int64_t block = 0; block < blocks; ++block) {  // blocks of rows as equal as they can be
             const int64_t row = block * m / blocks, count = (block + 1) * m / blocks - row;
+            const Ahead ahead = {distance, (int)(block * lines / blocks), (int)((block + 1) * lines / blocks)};
             switch (count) {
 #define VECMAT_ROWS(M) \
-    case M: tile<BITS, D, (M < MOST ? M : MOST), NV, X>(out, shape, strip, x, row, first, last, partial); break;
+    case M: tile<BITS, D, (M < MOST ? M : MOST), NV>(out, shape, strip, x, row, first, last, ahead, partial); break;
                 VECMAT_ROWS(1) VECMAT_ROWS(2) VECMAT_ROWS(3) VECMAT_ROWS(4) VECMAT_ROWS(5) VECMAT_ROWS(6)
 #undef VECMAT_ROWS
             }
@@ -237,7 +238,7 @@ inline void rows_of_strip(const Out& out, const Shape& shape, const Strip& strip
 }
 
 // The columns of registers [from, to), counted over all panels.
-template <int BITS, int D, class X>
+template <int BITS, int D>
 inline void columns(const vecmat_call& call, const Shape& shape, const Digits& x, int64_t from, int64_t to,
                     float* partial) {
     const vecmat_panels& w = *call.weight;
@@ -249,9 +250,9 @@ inline void columns(const vecmat_call& call, const Shape& shape, const Digits& x
         const Strip strip = {w.data + panel * shape.panel + vector * WIDTH, w.scale + scales,
                              w.zero ? w.zero + scales : nullptr};
         const Out out = {call, from * LANES};
-        if (count == 4) rows_of_strip<BITS, D, 4, X>(out, shape, strip, x, partial);
-        else if (count == 2) rows_of_strip<BITS, D, 2, X>(out, shape, strip, x, partial);
-        else rows_of_strip<BITS, D, 1, X>(out, shape, strip, x, partial);
+        if (count == 4) rows_of_strip<BITS, D, 4>(out, shape, strip, x, partial);
+        else if (count == 2) rows_of_strip<BITS, D, 2>(out, shape, strip, x, partial);
+        else rows_of_strip<BITS, D, 1>(out, shape, strip, x, partial);
         from += count;
     }
 }

@@ -8,6 +8,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "vecmat.h"
+
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
@@ -41,6 +43,9 @@ template <class V> inline V load_as(const void* from) {
     return value;
 }
 template <class V> inline void store_as(void* to, V value) { memcpy(to, &value, sizeof value); }
+
+// Asks for an address' cache line, which need not exist, into the second cache.
+inline void prefetch(const void* at) { __builtin_prefetch(at, 0, 2); }
 
 inline f32 splat(float value) { return f32{} + value; }
 inline i32 splat(int32_t value) {
@@ -168,8 +173,9 @@ template <class T> inline f32 load(const T* from) { return widen(load_as<u16x>(f
 inline void store(float* to, f32 value) { store_as(to, value); }
 template <class T> inline void store(T* to, f32 value) { store_as(to, narrow(value, T())); }
 
-// The first ``count`` elements (fewer than a register's), zeros behind them.
-template <class T> inline f32 load(const T* from, int count) {
+// The first ``count`` elements, zeros behind them.
+template <class T> inline f32 load_some(const T* from, int64_t count) {
+    if (count >= LANES) return load(from);
     T part[LANES];
     memset(part, 0, sizeof part);
     memcpy(part, from, count * sizeof(T));
@@ -180,6 +186,22 @@ template <class T> inline void store(T* to, f32 value, int count) {
     T part[LANES];
     store(part, value);
     memcpy(to, part, count * sizeof(T));
+}
+
+// The same for an element type that is known at run time (VECMAT_FP32, ...): elements [at, at + count) of an array.
+inline f32 load_any(const void* from, int type, int64_t at, int count) {
+    switch (type) {
+        case VECMAT_FP32: return load_some((const float*)from + at, count);
+        case VECMAT_BF16: return load_some((const bf16*)from + at, count);
+        default: return load_some((const fp16*)from + at, count);
+    }
+}
+inline void store_any(void* to, int type, int64_t at, f32 value, int count) {
+    switch (type) {
+        case VECMAT_FP32: return store((float*)to + at, value, count);
+        case VECMAT_BF16: return store((bf16*)to + at, value, count);
+        default: return store((fp16*)to + at, value, count);
+    }
 }
 
 }  // namespace VECMAT_ISA
