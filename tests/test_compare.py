@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import vecmat
-from vecmat import compare, models
+from vecmat import compare, decoding, models
 from vecmat.cli import main
 
 pytest.importorskip("transformers")
@@ -174,12 +174,32 @@ def test_text_is_the_models_own(llama: str, tokenizer: Any) -> None:
     model, loaded = models.load(source, torch.float32, torch.device("cpu"), lambda done, total: None)
     ids = loaded(PROMPT[1], return_tensors="pt")["input_ids"]
     pieces: list[str] = []
-    text, spans = compare.generate(model, loaded, ids, 12, pieces.append)
+    text, spans = compare.generate(decoding.Eager(model), loaded, ids, 12, pieces.append)
     expected = model.generate(input_ids=ids, max_new_tokens=12, do_sample=False, pad_token_id=0)[0, ids.shape[1] :]
     assert text == tokenizer.decode(expected, skip_special_tokens=True).strip()
     assert "".join(pieces).strip() == text
     assert len(spans) == len(expected)
     assert min(spans) > 0
+
+
+def test_compiled_steps_give_the_text_of_eager_ones(llama: str, tokenizer: Any) -> None:
+    model, _ = models.load(models.find(llama), torch.float32, torch.device("cpu"), lambda done, total: None)
+    vecmat.convert(model, "int8")
+    ids = tokenizer("A lamp is a simple machine", return_tensors="pt")["input_ids"]
+    eager, compiled = decoding.Eager(model), decoding.Compiled(model, ids.shape[1] + 24)
+    said = [compare.generate(decode, tokenizer, ids, 24, lambda piece: None) for decode in (eager, compiled, compiled)]
+    assert said[0][0]
+    assert said[0][0] == said[1][0] == said[2][0]  # again on a cache that was used
+    assert [len(spans) for _, spans in said] == 3 * [len(said[0][1])]
+    with pytest.raises(ValueError, match="the cache holds"):
+        compiled(ids, 25, None)
+
+
+def test_a_compiled_run_tells_so(llama: str, capsys: pytest.CaptureFixture[str]) -> None:
+    found = run_json(capsys, llama, "--compile", "--max-new-tokens", "4", *PROMPT)
+    assert found["compile"] is True
+    assert found["after"]["tokens"] == found["before"]["tokens"]
+    assert found["after"]["step_s"] > 0
 
 
 def test_the_watcher_hears_both_texts(llama: str) -> None:
@@ -277,8 +297,8 @@ def test_what_is_not_installed(capsys: pytest.CaptureFixture[str], monkeypatch: 
         (["--max-new-tokens", "1000"], f"more than the model's {LONGEST}"),
         (["--group-size", "48"], "group_size is 48"),
         (["--weights", "bf16", "--group-size", "32"], "has no groups"),
-        (["--weights", "int4", "--compute", "int8"], "--compute int8 needs --weights int8"),
-        (["--compute", "int8", "--group-size", "32"], "--compute int8 needs --weights int8"),
+        (["--weights", "fp8", "--compute", "int8"], "--compute int8 needs --weights int8 or int4"),
+        (["--weights", "fp8", "--compute", "fp8", "--group-size", "32"], "--compute fp8 needs --weights fp8 without"),
         (["--prompt", "  "], "--prompt is empty"),
     ],
 )

@@ -84,6 +84,11 @@ def _add_run(commands: Any) -> None:
         help="give a layer that shares its weight (a tied lm_head) a converted copy of its own",
     )
     run.add_argument("--compute", choices=("int8", "fp8"), help="quantise activations too; this changes the numbers")
+    run.add_argument(
+        "--compile",
+        action="store_true",
+        help="decode with the converted model through torch.compile (a minute or two to compile on a CPU)",
+    )
     run.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     run.set_defaults(call=_run)
 
@@ -155,7 +160,7 @@ def _device(name: str | None) -> Device:
 
 
 def _explain(args: argparse.Namespace) -> None:
-    from .ops import explain_problem
+    from .ops import check_compute, explain_problem
     from .problem import Problem
     from .weights import resolve_format
 
@@ -163,8 +168,7 @@ def _explain(args: argparse.Namespace) -> None:
         if getattr(args, name) < 1:
             raise ValueError(f"explain: --{name} is {getattr(args, name)}; expected 1 or more")
     fmt = resolve_format(args.weights, args.k, args.group_size)
-    if args.compute and (fmt.name != args.compute or fmt.group_size is not None):
-        raise ValueError(f"explain: --compute {args.compute} needs --weights {args.compute} without groups, not {fmt}")
+    check_compute(args.compute, fmt)
     x = args.x or (fmt.name if fmt.dense else "bf16")
     problem = Problem(
         m=args.m, n=args.n, k=args.k, x=x, weight=fmt, layout=args.layout if fmt.dense else "nk", out=args.out or x,
@@ -250,14 +254,14 @@ def _run(args: argparse.Namespace) -> None:
     began = _processors()
     found = compare.compare(
         model, tokenizer, args.weights, group_size=args.group_size, compute=args.compute, untie=args.untie,
-        prompt=prompt, max_new_tokens=args.max_new_tokens, watcher=screen,
+        compiled=args.compile, prompt=prompt, max_new_tokens=args.max_new_tokens, watcher=screen,
     )  # fmt: skip
     used = [end - start for start, end in zip(began, _processors(), strict=True)]
     others = max(0.0, (used[0] - used[1]) / used[2])
     if args.json:
         asked = {"model": source.name, "device": where, "dtype": dtype, "weights": args.weights, "prompt": prompt,
                  "group_size": args.group_size, "compute": args.compute, "untie": args.untie,
-                 "others_share": others}  # fmt: skip
+                 "compile": args.compile, "others_share": others}  # fmt: skip
         print(json.dumps({**asked, **found.as_dict()}, indent=2))
     else:
         _print_comparison(_console(sys.stdout), found)

@@ -7,7 +7,7 @@ import dataclasses
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from importlib import resources
 from typing import Any, Protocol
@@ -15,7 +15,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from .models import Advance, quiet
+from .decoding import Compiled, Eager
+from .models import Advance
 from .nn import Linear, convert, linear_layers
 from .ops import explain
 from .problem import DTYPES, Format
@@ -24,6 +25,9 @@ PROMPT = "Please explain to a curious child why the sky is blue during the day a
 MOST_SCORED = 512
 MOST_KEPT_MB = 4000.0  # a model up to this size keeps its original layers too, to be timed in turns with the others
 TURNS, TURN_TOKENS = 6, 12
+
+
+Decode = Callable[[Tensor, int, Any], None]  # (prompt's ids, most new tokens, streamer or None)
 
 
 class Watcher(Protocol):
@@ -114,8 +118,10 @@ class Comparison:
 def check_options(weights: str, group_size: int | None, compute: str | None, max_new_tokens: int) -> None:
     """Raise ``ValueError`` for options that cannot work, before a model is loaded for them."""
     Format.make(weights, 32 if weights == "int4" and group_size is None else group_size)
-    if compute is not None and (compute != weights or group_size is not None):
-        raise ValueError(f"run: --compute {compute} needs --weights {compute} without a group size")
+    if compute == "fp8" and (weights != "fp8" or group_size is not None):
+        raise ValueError("run: --compute fp8 needs --weights fp8 without a group size")
+    if compute == "int8" and weights not in ("int8", "int4"):
+        raise ValueError("run: --compute int8 needs --weights int8 or int4")
     if max_new_tokens < 1:
         raise ValueError(f"run: --max-new-tokens is {max_new_tokens}; expected 1 or more")
 
@@ -133,13 +139,15 @@ def compare(
     group_size: int | None = None,
     compute: str | None = None,
     untie: bool = False,
+    compiled: bool = False,
     prompt: str = PROMPT,
     max_new_tokens: int = 64,
     watcher: Watcher,
 ) -> Comparison:
     """The Comparison of a ``transformers`` causal language model with itself after ``convert``, which it goes through.
 
-    weights, group_size, compute, untie: as for ``vecmat.convert``. prompt: goes through the tokenizer's chat
+    weights, group_size, compute, untie: as for ``vecmat.convert``. compiled: the converted model's steps go through
+    ``torch.compile`` (``decoding.Compiled``); the original's do not. prompt: goes through the tokenizer's chat
     template if it has one. Decoding is greedy; a short run before each timed one takes the costs of a first call
     (packed weights, compiled kernels) out of its figures. A model of up to ``MOST_KEPT_MB`` is then timed with its
     original and its converted layers in turns, and these times are the ones reported.
@@ -154,18 +162,21 @@ def compare(
         )
     linear = sum(_is_linear(module) for module in model.modules())
     originals = linear_layers(model) if megabytes(model) <= MOST_KEPT_MB else {}
-    before, logits = _measure(model, tokenizer, ids, max_new_tokens, passage, "before", watcher)
+    eager = Eager(model)
+    before, logits = _measure(model, eager, tokenizer, ids, max_new_tokens, passage, "before", watcher)
     with watcher.stage(f"converting to {weights}") as advance:
         convert(
             model, weights, group_size=group_size, compute=compute, untie=untie,
             progress=lambda name, done, total: advance(done, total),
         )  # fmt: skip
     with watcher.stage("packing weights"), _recorded(model) as shapes:
-        _warm_up(model, ids)
-    after, moved = _measure(model, tokenizer, ids, max_new_tokens, passage, f"after converting to {weights}", watcher)
+        _warm_up(eager, ids)
+    decode = Compiled(model, ids.shape[1] + max(3, max_new_tokens)) if compiled else eager
+    title = f"after converting to {weights}{', compiled' if compiled else ''}"
+    after, moved = _measure(model, decode, tokenizer, ids, max_new_tokens, passage, title, watcher)
     if originals and max_new_tokens > 1:
         with watcher.stage("timing both in turns") as advance:
-            spans = _in_turns(model, originals, ids, min(max_new_tokens, TURN_TOKENS), advance)
+            spans = _in_turns(model, originals, (eager, decode), ids, min(max_new_tokens, TURN_TOKENS), advance)
         before, after = (
             dataclasses.replace(side, prompt_s=statistics.median(own[0]), step_s=statistics.median(own[1]))
             for side, own in zip((before, after), spans, strict=True)
@@ -183,13 +194,14 @@ def compare(
 
 
 def _measure(
-    model: Any, tokenizer: Any, ids: Tensor, max_new_tokens: int, passage: Tensor, title: str, watcher: Watcher
-) -> tuple[Side, Tensor]:
+    model: Any, decode: Decode, tokenizer: Any, ids: Tensor, max_new_tokens: int, passage: Tensor, title: str,
+    watcher: Watcher,
+) -> tuple[Side, Tensor]:  # fmt: skip
     """The Side of a model, and its logits (tokens, vocabulary) for the passage."""
-    with watcher.stage("warming up"):
-        _warm_up(model, ids)
+    with watcher.stage("compiling" if isinstance(decode, Compiled) else "warming up"):
+        _warm_up(decode, ids)
     watcher.begin(title)
-    text, spans = generate(model, tokenizer, ids, max_new_tokens, watcher.text)
+    text, spans = generate(decode, tokenizer, ids, max_new_tokens, watcher.text)
     watcher.end()
     with watcher.stage("scoring the passage"), torch.inference_mode():
         logits = model(input_ids=passage, use_cache=False).logits[0]
@@ -202,21 +214,22 @@ def _measure(
 
 
 def _in_turns(
-    model: Any, originals: dict[str, nn.Module], ids: Tensor, tokens: int, advance: Advance
+    model: Any, originals: dict[str, nn.Module], decoders: Sequence[Decode], ids: Tensor, tokens: int, advance: Advance
 ) -> list[tuple[list[float], list[float]]]:
     """For the model with its original layers, then with the converted ones: seconds of each prompt and of each step.
 
+    decoders: what each of the two decodes with.
     The two take turns, so that a slow moment of the machine falls on both. The model is left converted.
     """
     converted = {name: model.get_submodule(name) for name in originals}
     spans: list[tuple[list[float], list[float]]] = [([], []), ([], [])]
     for turn in range(TURNS):
-        for layers, (prompts, steps) in zip((originals, converted), spans, strict=True):
+        for layers, decode, (prompts, steps) in zip((originals, converted), decoders, spans, strict=True):
             for name, layer in layers.items():
                 parent, _, last = name.rpartition(".")
                 setattr(model.get_submodule(parent), last, layer)
             clock = _Clock(None, lambda piece: None)
-            _decode(model, ids, tokens, clock)
+            decode(ids, tokens, clock)
             prompts.append(clock.spans[0])
             steps += clock.spans[1:] or clock.spans  # a model that stops at once has no other step
         advance(turn + 1, TURNS)
@@ -268,7 +281,7 @@ class _Clock:
 
 
 def generate(
-    model: Any, tokenizer: Any, ids: Tensor, max_new_tokens: int, say: Callable[[str], None]
+    decode: Decode, tokenizer: Any, ids: Tensor, max_new_tokens: int, say: Callable[[str], None]
 ) -> tuple[str, list[float]]:
     """The text, decoded greedily, and the seconds that each of its tokens took; the first one's are the prompt's.
 
@@ -281,22 +294,12 @@ def generate(
         say(piece)
 
     clock = _Clock(tokenizer, tell)
-    _decode(model, ids, max_new_tokens, clock)
+    decode(ids, max_new_tokens, clock)
     return "".join(pieces).strip(), clock.spans
 
 
-def _decode(model: Any, ids: Tensor, max_new_tokens: int, streamer: Any) -> None:
-    pad = model.generation_config.pad_token_id
-    with torch.inference_mode(), quiet(lambda done, total: None):
-        model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, streamer=streamer,
-            do_sample=False, num_beams=1, temperature=None, top_p=None, top_k=None,
-            pad_token_id=0 if pad is None else pad,
-        )  # fmt: skip
-
-
-def _warm_up(model: Any, ids: Tensor) -> None:
-    _decode(model, ids, 3, None)
+def _warm_up(decode: Decode, ids: Tensor) -> None:
+    decode(ids, 3, None)
 
 
 @contextlib.contextmanager
@@ -377,7 +380,8 @@ def _distinct(tensors: list[Tensor]) -> int:
 
 
 def _tensors(pack: Any) -> Iterator[Tensor]:
-    """The tensors inside a pack, which is a tensor or plain containers of them."""
+    """The tensors inside a pack: a tensor, plain containers of them, or an object that lists its ``tensors``."""
+    pack = getattr(pack, "tensors", pack)
     if isinstance(pack, Tensor):
         yield pack
     elif isinstance(pack, dict | list | tuple):
