@@ -180,13 +180,30 @@ struct Out {
     int64_t column;  // of the strip's first
 };
 
-inline void finish(const Out& out, int64_t row, int vector, f32 value) {
+template <class Y, int M, int NV> inline void store_rows(const Out& out, int64_t row, const f32 (&f)[M][NV]) {
+    const int64_t n = out.call.weight->n, columns = n - out.column;
+    Y* y = (Y*)out.call.y + row * n + out.column;
+    for (int m = 0; m < M; ++m, y += n)
+        for (int j = 0; j < NV; ++j) {
+            if (columns >= NV * LANES) store(y + j * LANES, f[m][j]);
+            else if (columns > j * LANES) store(y + j * LANES, f[m][j], (int)(columns - j * LANES));
+        }
+}
+
+// Adds the bias and stores M rows of y. The types are looked at here, once for a tile.
+template <int M, int NV> inline void finish(const Out& out, int64_t row, f32 (&f)[M][NV]) {
     const vecmat_call& call = out.call;
-    const int64_t n = call.weight->n, column = out.column + vector * LANES;
-    const int count = n - column < LANES ? (int)(n - column) : LANES;
-    if (count <= 0) return;
-    if (call.bias) value += load_any(call.bias, call.x_type, column, count);
-    store_any(call.y, call.y_type, row * n + column, value, count);
+    if (call.bias)
+        for (int j = 0; j < NV && out.column + j * LANES < call.weight->n; ++j) {
+            const int64_t column = out.column + j * LANES;
+            const f32 bias = load_any(call.bias, call.x_type, column, call.weight->n - column);
+            for (int m = 0; m < M; ++m) f[m][j] += bias;
+        }
+    switch (call.y_type) {
+        case VECMAT_FP32: return store_rows<float>(out, row, f);
+        case VECMAT_BF16: return store_rows<bf16>(out, row, f);
+        default: return store_rows<fp16>(out, row, f);
+    }
 }
 
 // Rows [row, row + M) of NV registers of columns, over groups [first, last); ``partial`` keeps what is not finished.
@@ -200,18 +217,17 @@ __attribute__((noinline)) void tile(const Out& out, const Shape& shape, const St
     for (int m = 0; m < M; ++m)
         for (int j = 0; j < NV; ++j) f[m][j] = first ? load(kept + m * COLUMNS + j * LANES) : f32{};
     accumulate<BITS, D, M, NV>(w, shape, strip, x, first, last, ahead, f);
-    for (int m = 0; m < M; ++m) {
-        const f32 scale = splat(x.rows[m].scale), after = splat(x.rows[m].after);
-        for (int j = 0; j < NV; ++j) {
-            if (last < shape.groups) {
-                store(kept + m * COLUMNS + j * LANES, f[m][j]);
-                continue;
-            }
-            f32 value = f[m][j];
-            if (!w.group) value *= load(strip.scale + j * LANES);
-            finish(out, row + m, j, value * scale * after);
-        }
+    if (last < shape.groups) {
+        for (int m = 0; m < M; ++m)
+            for (int j = 0; j < NV; ++j) store(kept + m * COLUMNS + j * LANES, f[m][j]);
+        return;
     }
+    for (int m = 0; m < M; ++m)
+        for (int j = 0; j < NV; ++j) {
+            if (!w.group) f[m][j] *= load(strip.scale + j * LANES);
+            f[m][j] = f[m][j] * splat(x.rows[m].scale) * splat(x.rows[m].after);
+        }
+    finish(out, row, f);
 }
 
 template <int BITS, int D, int NV>

@@ -189,18 +189,11 @@ template <class T> inline void store(T* to, f32 value, int count) {
 }
 
 // The same for an element type that is known at run time (VECMAT_FP32, ...): elements [at, at + count) of an array.
-inline f32 load_any(const void* from, int type, int64_t at, int count) {
+inline f32 load_any(const void* from, int type, int64_t at, int64_t count) {
     switch (type) {
         case VECMAT_FP32: return load_some((const float*)from + at, count);
         case VECMAT_BF16: return load_some((const bf16*)from + at, count);
         default: return load_some((const fp16*)from + at, count);
-    }
-}
-inline void store_any(void* to, int type, int64_t at, f32 value, int count) {
-    switch (type) {
-        case VECMAT_FP32: return store((float*)to + at, value, count);
-        case VECMAT_BF16: return store((bf16*)to + at, value, count);
-        default: return store((fp16*)to + at, value, count);
     }
 }
 

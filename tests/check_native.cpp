@@ -1,0 +1,141 @@
+// Calls libvecmat through its C interface on small and awkward sizes, every block of memory as large as it must be and
+// no larger, and compares with plain loops in double. Made for AddressSanitizer and UBSan (-DVECMAT_SANITIZE=ON).
+#include <dlfcn.h>
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <vector>
+
+#include "../csrc/vecmat.h"
+
+static uint32_t state = 1;
+static uint32_t draw() { return state = state * 1664525u + 1013904223u; }
+static float number() { return (float)(int32_t)draw() / 2147483648.0f; }
+
+static uint16_t to_bf16(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+static float from_bf16(uint16_t bits) {
+    const uint32_t wide = (uint32_t)bits << 16;
+    float value;
+    memcpy(&value, &wide, 4);
+    return value;
+}
+
+// Memory of exactly so many bytes: what lies next to it is poison.
+template <class T> struct Exact {
+    T* data;
+    explicit Exact(int64_t count) : data((T*)malloc(count * sizeof(T))) { memset((void*)data, 0x7f, count * sizeof(T)); }
+    ~Exact() { free(data); }
+    Exact(const Exact&) = delete;
+    Exact& operator=(const Exact&) = delete;
+};
+
+static int64_t up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+struct Library {
+    const char* (*isa)(int64_t);
+    int64_t (*use)(const char*);
+    int64_t (*columns)();
+    void (*pack)(const vecmat_panels*, const uint8_t*, int64_t, const float*, const uint8_t*);
+    int64_t (*multiply)(const vecmat_panels*, const void*, int64_t, void*, const void*, int64_t, int64_t, int64_t,
+                        int64_t, int64_t);
+    void* handle;
+    template <class F> void find(F& function, const char* name) {
+        function = (F)dlsym(handle, name);
+        if (!function) fprintf(stderr, "no %s\n", name), exit(2);
+    }
+    explicit Library(const char* file) : handle(dlopen(file, RTLD_NOW)) {
+        if (!handle) fprintf(stderr, "%s\n", dlerror()), exit(2);
+        find(isa, "vecmat_isa"), find(use, "vecmat_use"), find(columns, "vecmat_columns"), find(pack, "vecmat_pack");
+        find(multiply, "vecmat_multiply");
+    }
+};
+
+static long checked = 0, wrong = 0;
+
+// size: the sum of |x|^2 |w|^2 over the results, so that a sum that nearly cancels is not asked for more than the rest.
+static void compare(const char* what, const float* y, const std::vector<double>& truth, double size, double most) {
+    double error = 0;
+    for (size_t i = 0; i < truth.size(); ++i) error += (y[i] - truth[i]) * (y[i] - truth[i]);
+    ++checked;
+    if (sqrt(error) <= most * sqrt(size)) return;
+    if (++wrong <= 10) printf("%s: relative error %g, at most %g\n", what, sqrt(error / size), most);
+}
+
+static void quantised(const Library& library, const char* isa, int64_t n, int64_t k, int bits, int64_t group, bool zeros) {
+    const int64_t groups = group ? up(k, group) : 1, row = bits == 8 ? k : up(k, 2), columns = library.columns();
+    Exact<uint8_t> data(n * row), zero(n * groups);
+    Exact<float> scale(n * groups);
+    for (int64_t i = 0; i < n * row; ++i) data.data[i] = (uint8_t)(draw() >> 24);
+    for (int64_t i = 0; i < n * groups; ++i) scale.data[i] = 0.01f + fabsf(number()), zero.data[i] = (draw() >> 24) & 15;
+    const int64_t panels = up(n, columns), padded = up(k, 8) * 8;
+    Exact<uint8_t> packed(panels * padded * columns * bits / 8), packed_zero(panels * groups * columns);
+    Exact<float> packed_scale(panels * groups * columns);
+    const vecmat_panels weight = {packed.data, packed_scale.data, zeros ? packed_zero.data : nullptr, n, k, group, bits};
+    library.pack(&weight, data.data, row, scale.data, zeros ? zero.data : nullptr);
+    std::vector<double> w(n * k);
+    for (int64_t i = 0; i < n; ++i)
+        for (int64_t j = 0; j < k; ++j) {
+            const int64_t at = i * groups + (group ? j / group : 0);
+            const int q = bits == 8 ? (int8_t)data.data[i * row + j] : data.data[i * row + j / 2] >> j % 2 * 4 & 15;
+            w[i * k + j] = (double)scale.data[at] * (bits == 8 ? q : q - (zeros ? zero.data[at] : 8));
+        }
+    const double most[5] = {0, 1e-2, 5e-5, 0, 1e-6};  // by digits
+    for (int64_t m : {1, 2, 3, 5, 7, 13})
+        for (int digits : {1, 2, 4})
+            for (int type : {VECMAT_FP32, VECMAT_BF16})
+                for (int threads : {1, 2}) {
+                    const bool biased = (m + digits + threads) % 2;
+                    const int64_t ldx = k + (m % 2);  // rows that are not side by side; the last one ends the block
+                    Exact<float> y(m * n), x((m - 1) * ldx + k), bias(n);
+                    Exact<uint16_t> x16((m - 1) * ldx + k), bias16(n);
+                    for (int64_t i = 0; i < (m - 1) * ldx + k; ++i) {
+                        x16.data[i] = to_bf16(number());
+                        x.data[i] = from_bf16(x16.data[i]);
+                    }
+                    for (int64_t i = 0; i < n; ++i) bias16.data[i] = to_bf16(number()), bias.data[i] = from_bf16(bias16.data[i]);
+                    std::vector<double> truth(m * n);
+                    double size = 0;
+                    for (int64_t i = 0; i < m; ++i)
+                        for (int64_t j = 0; j < n; ++j) {
+                            double sum = biased ? bias.data[j] : 0.0, xx = sum * sum, ww = 1;
+                            for (int64_t l = 0; l < k; ++l) {
+                                const double a = x.data[i * ldx + l], b = w[j * k + l];
+                                sum += a * b, xx += a * a, ww += b * b;
+                            }
+                            truth[i * n + j] = sum, size += xx * ww;
+                        }
+                    const bool wide = type == VECMAT_FP32;
+                    const void* start = !biased ? nullptr : wide ? (const void*)bias.data : bias16.data;
+                    if (!library.multiply(&weight, wide ? (const void*)x.data : x16.data, ldx, y.data, start, m, type,
+                                          VECMAT_FP32, digits, threads))
+                        fprintf(stderr, "no memory\n"), exit(2);
+                    char what[160];
+                    snprintf(what, sizeof what, "%s int%d:g%ld%s m%ld n%ld k%ld digits %d type %d threads %d", isa, bits,
+                             (long)group, zeros ? ":zp" : "", (long)m, (long)n, (long)k, digits, type, threads);
+                    compare(what, y.data, truth, size, most[digits]);
+                }
+}
+
+int main(int argc, char** argv) {
+    if (argc != 2) return fprintf(stderr, "usage: check_native LIBRARY\n"), 2;
+    const Library library(argv[1]);
+    for (int64_t i = 0; const char* isa = library.isa(i); ++i) {
+        library.use(isa);
+        for (int64_t n : {1, 15, 17, 63, 65})
+            for (int64_t k : {1, 15, 17, 63, 130}) {
+                quantised(library, isa, n, k, 8, 0, false);
+                quantised(library, isa, n, k, 8, 32, false);
+                quantised(library, isa, n, k, 4, 32, false);
+                quantised(library, isa, n, k, 4, 64, true);
+            }
+        printf("%s\n", isa);
+    }
+    printf("%ld checked, %ld wrong\n", checked, wrong);
+    return wrong ? 1 : 0;
+}

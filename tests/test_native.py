@@ -1,0 +1,185 @@
+"""vecmat's own CPU library: every instruction set, threads, forks, sanitizers, and an install without it."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import vecmat
+from cases import asked, here, stored
+from vecmat.kernels import registry
+from vecmat.native import native
+
+ROOT = Path(__file__).parents[1]
+SANITIZED = 300  # seconds to build and run it
+
+needs_library = pytest.mark.skipif(not native().isa, reason=native().reason or "-")
+OWN = sorted(name for name in registry()[0] if name.startswith("cpu_"))
+
+
+def products(
+    fmt: str, x: str = "bf16", n: int = 200, k: int = 300, rows: int = 40
+) -> tuple[torch.Tensor, vecmat.Weight]:
+    """x (rows, k) and a weight (n, k) of a format."""
+    rng = torch.Generator().manual_seed(7)
+    weight = stored(torch.randn(n, k, generator=rng), fmt, "nk", "cpu")
+    assert isinstance(weight, vecmat.Weight)
+    return torch.randn(rows, k, generator=rng).to({"bf16": torch.bfloat16, "fp32": torch.float32}[x]), weight
+
+
+@needs_library
+def test_the_library_that_was_built_is_the_one_in_use() -> None:
+    assert native().isa in native().isas
+    assert native().isas[-1] == "portable"
+    assert here("cpu").native == native().isa
+
+
+@needs_library
+@pytest.mark.parametrize("isa", native().isas[1:])
+def test_every_instruction_set_passes_the_conformance_suite(isa: str) -> None:
+    picked = "(cpu_panels or cpu_dense) and not fp8 and not zp and not g128 and (shape or threads or leak or reduction)"
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_conformance.py", "-k", picked],
+        cwd=ROOT, env={**os.environ, "VECMAT_ISA": isa}, capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert "....." in done.stdout  # dots: some ran
+
+
+def test_an_instruction_set_that_is_not_there_is_named(python: Callable[..., str]) -> None:
+    code = "import vecmat, torch; print(vecmat.explain(torch.ones(1, 64), vecmat.quantize(torch.ones(64, 64), 'int8')))"
+    told = python(code, VECMAT_ISA="avx1024")
+    if native().isa:
+        assert "VECMAT_ISA is 'avx1024'; this processor has" in told
+        assert "portable" in told
+    assert "fallback" in told
+
+
+def test_without_the_library_everything_works_and_says_why(python: Callable[..., str]) -> None:
+    code = (
+        "import importlib.util, sys, torch\n"
+        "from pathlib import Path\n"
+        "exists = Path.exists\n"
+        "Path.exists = lambda self: self.name != 'libvecmat.so' and exists(self)\n"  # as after an install without g++
+        "import vecmat\n"
+        "w = torch.randn(64, 96)\n"
+        "q = vecmat.quantize(w, 'int8')\n"
+        "y = vecmat.matmul(torch.ones(2, 96), q)\n"
+        "print(torch.allclose(y, q.dequantize().sum(1).expand(2, 64), rtol=1e-4, atol=1e-4))\n"
+        "print(vecmat.explain(torch.ones(2, 96), q))"
+    )
+    told = python(code)
+    assert told.startswith("True")
+    assert "installed without its CPU library" in told
+
+
+@needs_library
+@pytest.mark.parametrize("fmt", ["int8", "int8:g64", "int4:g32:zp", "bf16", "fp32"])
+def test_a_row_has_the_same_bits_whatever_the_threads_and_the_other_rows(fmt: str, threads: int) -> None:
+    x, weight = products(fmt, "fp32" if fmt == "fp32" else "bf16")
+    kernel = "cpu_panels" if fmt.startswith("int") else "cpu_dense"
+    if kernel not in OWN:
+        pytest.skip("no such kernel")
+    whole = vecmat.matmul(x, weight, kernel=kernel)
+    for rows in (1, 2, 3, 7, 16, 39):
+        assert torch.equal(vecmat.matmul(x[:rows], weight, kernel=kernel), whole[:rows]), rows
+    torch.set_num_threads(1)
+    assert torch.equal(vecmat.matmul(x, weight, kernel=kernel), whole)
+
+
+@needs_library
+def test_reductions_name_the_instruction_set_where_it_decides() -> None:
+    device = here("cpu")
+    for name in OWN:
+        kernel = registry()[0][name]
+        said = {kernel.reduction(p, {}) for p in (asked(m, 64, 64, "bf16", "int8") for m in (1, 16, 512))}
+        assert len(said) == 1, f"{name} sums in another order for another M on {device.name}"
+
+
+@needs_library
+@pytest.mark.parametrize("fmt", ["int8", "int4:g64", "bf16"])
+def test_python_threads_at_once_get_the_same_numbers(fmt: str, threads: int) -> None:
+    x, weight = products(fmt)
+    expected = vecmat.matmul(x, weight)
+
+    def work(_: int) -> bool:
+        return all(torch.equal(vecmat.matmul(x, weight), expected) for _ in range(50))
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(work, range(4)))
+
+
+@needs_library
+def test_another_thread_runs_while_a_product_does(threads: int) -> None:
+    x, weight = products("int8", n=2048, k=4096, rows=512)
+    vecmat.matmul(x, weight)
+    began = time.perf_counter()
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        running = pool.submit(lambda: [vecmat.matmul(x, weight) for _ in range(10)])
+        turns = 0
+        while not running.done():
+            turns += 1
+            time.sleep(0.001)
+    assert time.perf_counter() - began > 0.02
+    assert turns > 5, "the interpreter was held during the products"
+
+
+@needs_library
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_worker_of_a_dataloader_multiplies(python: Callable[..., str]) -> None:
+    code = (
+        "import torch, vecmat\n"
+        "torch.set_num_threads(2)\n"
+        "x, w = torch.randn(64, 512), vecmat.quantize(torch.randn(512, 512), 'int8')\n"
+        "y = vecmat.matmul(x, w)\n"  # the pool of threads exists before the fork
+        "class Rows(torch.utils.data.Dataset):\n"
+        "    def __len__(self): return 8\n"
+        "    def __getitem__(self, i): return vecmat.matmul(x, w)\n"
+        "loader = torch.utils.data.DataLoader(Rows(), num_workers=2, batch_size=1, multiprocessing_context='fork')\n"
+        "print(all(torch.equal(batch[0], y) for batch in loader))"
+    )
+    assert python(code).strip() == "True"
+
+
+@needs_library
+def test_an_inference_tensor_is_no_obstacle() -> None:
+    with torch.inference_mode():
+        x, weight = products("int4:g32")
+        y = vecmat.matmul(x, weight)
+    assert torch.equal(vecmat.matmul(x.clone(), weight), y)
+
+
+@needs_library
+@pytest.mark.skipif(shutil.which("cmake") is None or shutil.which("c++") is None, reason="no C++ compiler or no CMake")
+def test_sanitizers_find_nothing_in_small_and_awkward_sizes(tmp_path: Path) -> None:
+    build = tmp_path / "build"
+    configure = ["cmake", "-S", str(ROOT / "csrc"), "-B", str(build), "-DVECMAT_SANITIZE=ON"]
+    for command in (configure, ["cmake", "--build", str(build), "--parallel", "2"]):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=SANITIZED)
+        assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    done = subprocess.run(
+        [str(build / "check_native"), str(build / "libvecmat.so")], capture_output=True, text=True, timeout=SANITIZED
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    assert done.stdout.splitlines()[:-1] == native().isas if os.environ.get("VECMAT_ISA") is None else True
+    assert done.stdout.splitlines()[-1].endswith(" 0 wrong")
+
+
+@pytest.mark.skipif(shutil.which("aarch64-linux-gnu-g++") is None, reason="no compiler for arm64")
+@pytest.mark.parametrize("source", [file.name for file in sorted((ROOT / "csrc").glob("*.cpp"))])
+def test_it_compiles_for_arm64(source: str, tmp_path: Path) -> None:
+    done = subprocess.run(
+        ["aarch64-linux-gnu-g++", "-O1", "-std=c++17", "-fno-exceptions", "-fno-rtti", "-fopenmp", "-Wno-psabi",
+         "-DVECMAT_ISA=portable", "-c", str(ROOT / "csrc" / source), "-o", str(tmp_path / "out.o")],
+        capture_output=True, text=True, timeout=SANITIZED,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
