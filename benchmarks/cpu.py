@@ -67,9 +67,10 @@ GROUPS = {
 }  # fmt: skip
 
 SLICE_S = 0.010  # a sample's length: calls are repeated until it is filled
-SETTLE_S = 0.002  # other runtimes' threads go on spinning after a call, and would take a core from the next
+SETTLE_S = 0.004  # other runtimes' threads go on spinning after a call, and would take a core from the next
 ENOUGH_S = 1.0  # a contender whose samples have taken this long has had its rounds, LEAST of them given
 LEAST = 3
+APART_S = 60.0  # the longest that a run waits, in all, for threads to get a core each
 PROBE_BYTES, PROBE_STEP = 256 << 20, 64 << 20
 
 
@@ -108,6 +109,33 @@ def take_rates(rate: dict[str, float], threads: int) -> None:
             begin = time.perf_counter()
             done = native().operations(number, 100_000, count)
             rate[kind] = max(rate.get(kind, 0.0), done / (time.perf_counter() - begin) * 1e-9)
+
+
+class Cores:
+    """Sees that the threads run side by side: for seconds on end a scheduler may keep two of them on one core."""
+
+    def __init__(self, threads: int) -> None:
+        self.threads, self.left_s, self.shared = threads, APART_S, 0
+
+    def _apart(self) -> bool:
+        took = []
+        for count in (1, self.threads):
+            begin = time.perf_counter()
+            native().operations(2, 50_000, count)
+            took.append(time.perf_counter() - begin)
+        return took[1] < 1.5 * took[0]
+
+    def wait(self) -> None:
+        """Return when the threads have a core each, or waiting has taken too long; ``shared`` counts those."""
+        if not native().isa or self.threads == 1:
+            return
+        begin = time.perf_counter()
+        while not any(self._apart() for _ in range(3)):
+            if time.perf_counter() - begin > self.left_s:
+                self.shared += 1
+                break
+            time.sleep(0.02)
+        self.left_s = max(0.0, self.left_s - (time.perf_counter() - begin))
 
 
 class Turn:
@@ -149,9 +177,10 @@ class Turn:
         return self.spent > ENOUGH_S and len(self.us) >= LEAST
 
 
-def interleave(turns: Sequence[Turn], probe: Probe, rounds: int, order: random.Random) -> None:
+def interleave(turns: Sequence[Turn], probe: Probe, cores: Cores, rounds: int, order: random.Random) -> None:
     """Sample all contenders ``rounds`` times in turn, a probe before and after each sample."""
     for _ in range(rounds):
+        cores.wait()
         going = [turn for turn in turns if not turn.done]
         order.shuffle(going)
         before = probe.gbs()
@@ -184,7 +213,7 @@ def ready(material: Material, built: dict[str, Contender], x: torch.Tensor, say:
 
 def measure(
     n: int, k: int, groups: dict[str, list[str]], ms: Sequence[int], options: argparse.Namespace, probe: Probe,
-    rate: dict[str, float],
+    cores: Cores, rate: dict[str, float],
 ) -> Iterator[dict[str, Any]]:  # fmt: skip
     """A row for each group, M and contender of one shape; contenders that cannot run are told on stderr."""
     told: set[tuple[str, str]] = set()
@@ -205,7 +234,7 @@ def measure(
         for m in ms:
             take_rates(rate, options.threads)
             turns = ready(material, built, material.activations(m), say)
-            interleave(turns, probe, options.rounds, random.Random(m))
+            interleave(turns, probe, cores, options.rounds, random.Random(m))
             for turn in turns:
                 yield row(turn, group, m, n, k, rate)
         for contender in built.values():
@@ -290,15 +319,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not options.append:
             options.out.unlink(missing_ok=True)
         rate: dict[str, float] = {}
-        probe, about = Probe(options.threads), stamp(options.threads)
+        probe, cores, about = Probe(options.threads), Cores(options.threads), stamp(options.threads)
+        cores.wait()
         take_rates(rate, options.threads)
         told = ", ".join(f"{kind} {gops:.0f}" for kind, gops in rate.items())
         print(f"{about['processor']}; probe {probe.name} {probe.gbs():.1f} GB/s; 1e9 operations/s: {told or 'unknown'}")
         with torch.inference_mode():
             for k, n in options.shapes:
-                for found in measure(n, k, options.groups, options.m, options, probe, rate):
+                for found in measure(n, k, options.groups, options.m, options, probe, cores, rate):
                     append_csv(options.out, [{**about, **found}])
                     print(cpu_table.line(found), flush=True)
+        if cores.shared:
+            print(f"threads had to share a core in {cores.shared} rounds: something else is running", file=sys.stderr)
     print(cpu_table.table(cpu_table.read(options.out)))
 
 

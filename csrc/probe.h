@@ -26,46 +26,47 @@ static int64_t read(const uint8_t* from, int64_t bytes, int threads) {
 enum { FLOATS = 0, BF16_PAIRS = 1, BYTES = 2 };
 constexpr int SUMS = 12;  // hides an instruction's latency, and fits 16 registers with its operands
 
-template <int KIND> inline f32 multiplied(f32 sum, const void* w, const void* x) {
-    if (KIND == BYTES) return (f32)dot<false>((i32)sum, load_as<i32>(w), load_as<i32>(x));
+template <int KIND> inline f32 multiplied(f32 sum, f32 w, f32 x) {
+    if (KIND == BYTES) return (f32)dot<false>((i32)sum, (i32)w, (i32)x);
 #if defined(__AVX512BF16__)
-    if (KIND == BF16_PAIRS)
-        return (f32)_mm512_dpbf16_ps((__m512)sum, (__m512bh)load_as<i32>(w), (__m512bh)load_as<i32>(x));
+    if (KIND == BF16_PAIRS) return (f32)_mm512_dpbf16_ps((__m512)sum, (__m512bh)w, (__m512bh)x);
 #endif
-    return fma(load_as<f32>(w), load_as<f32>(x), sum);
+    return fma(w, x, sum);
 }
 
-template <int KIND> inline void multiply_much(int64_t rounds, int threads) {
-    in_threads(threads, [&](int, Team&) {
-        alignas(64) float w[LANES], x[LANES];
-        for (int lane = 0; lane < LANES; ++lane) w[lane] = x[lane] = 1.0f;
-        f32 sums[SUMS];
-        for (int i = 0; i < SUMS; ++i) sums[i] = splat((float)i);  // unlike each other, or the compiler keeps one
-        for (int64_t round = 0; round < rounds; ++round) {
-            asm volatile("" : : "r"(w), "r"(x) : "memory");  // the compiler cannot know that they stay as they are
-            for (int i = 0; i < SUMS; ++i) sums[i] = multiplied<KIND>(sums[i], w, x);
-        }
-        alignas(64) volatile float sink[LANES];
-        for (int i = 1; i < SUMS; ++i) sums[0] = (f32)((i32)sums[0] ^ (i32)sums[i]);
-        for (int lane = 0; lane < LANES; ++lane) sink[lane] = sums[0][lane];
-        (void)sink[0];
-    });
+// A function of its own: within a parallel region's body the compiler keeps the sums in memory.
+template <int KIND> __attribute__((noinline)) static void multiply_much(int64_t rounds) {
+    float ones[LANES];
+    for (int lane = 0; lane < LANES; ++lane) ones[lane] = 1.0f;
+    f32 sums[SUMS];
+#pragma GCC unroll 12
+    for (int i = 0; i < SUMS; ++i) sums[i] = splat((float)i);  // unlike each other, or the compiler keeps one
+    for (int64_t round = 0; round < rounds; ++round) {
+        asm volatile("" : : "r"(ones) : "memory");  // the compiler cannot know that they stay as they are
+        const f32 w = load(ones);
+#pragma GCC unroll 12
+        for (int i = 0; i < SUMS; ++i) sums[i] = multiplied<KIND>(sums[i], w, w);
+    }
+#pragma GCC unroll 12
+    for (int i = 1; i < SUMS; ++i) sums[0] = (f32)((i32)sums[0] ^ (i32)sums[i]);
+    store(ones, sums[0]);
+    asm volatile("" : : "r"(ones) : "memory");  // somebody might read them
 }
 
 // Multiply and add in registers; the operations done (two a product), by all threads.
 static int64_t operations(int kind, int64_t rounds, int threads) {
+    void (*work)(int64_t) = multiply_much<FLOATS>;
     int64_t products = LANES;
     if (kind == BYTES) {
-        multiply_much<BYTES>(rounds, threads);
+        work = multiply_much<BYTES>;
         products = LANES * 4;
 #if defined(__AVX512BF16__)
     } else if (kind == BF16_PAIRS) {
-        multiply_much<BF16_PAIRS>(rounds, threads);
+        work = multiply_much<BF16_PAIRS>;
         products = LANES * 2;
 #endif
-    } else {
-        multiply_much<FLOATS>(rounds, threads);
     }
+    in_threads(threads, [&](int, Team&) { work(rounds); });
     return 2 * products * SUMS * rounds * threads;
 }
 
