@@ -98,7 +98,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     lines += [f"{'M =':<42}" + "".join(f"{column:>16}" for column in COLUMNS)]
     for comparison in COMPARISONS:
         lines.append(f"{comparison.label:<42}" + "".join(_entry(comparison, column, times) for column in COLUMNS))
-    return "\n".join([*lines, "", *_shares(rows), *_losses(times)])
+    return "\n".join([*lines, "", *_floors(rows), *_shares(rows), *_losses(times)])
 
 
 def _entry(comparison: Comparison, column: str, times: Times) -> str:
@@ -112,6 +112,18 @@ def _entry(comparison: Comparison, column: str, times: Times) -> str:
     ratio, target = geometric_mean(ratios), comparison.target(column)
     wanted = "" if target is None else f" ({target:.2f}{'!' if ratio < target else ''})"
     return f"{ratio:.2f}{wanted}".rjust(16)
+
+
+def _floors(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    lines = []
+    for name in TORCH:
+        found = [row for row in rows if row["contender"] == name]
+        entries = []
+        for ms in COLUMNS.values():
+            shares = [float(row["share"]) for row in found if int(row["m"]) in ms]
+            entries.append(f"{geometric_mean(shares):.0%} ({min(shares):.0%})" if shares else "-")
+        lines.append(f"{name:<42}" + "".join(f"{entry:>16}" for entry in entries))
+    return ["the floor's share of vecmat's time: geometric mean (least)", *lines, ""]
 
 
 def _shares(rows: Sequence[Mapping[str, Any]]) -> list[str]:

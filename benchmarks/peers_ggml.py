@@ -33,10 +33,7 @@ class _InitParams(ctypes.Structure):
 _LogCallback = ctypes.CFUNCTYPE(None, c_int, c_char_p, c_void_p)
 
 
-@_LogCallback
-def _silent(level: int, text: bytes, data: int) -> None:
-    """It tells of every tensor that it repacks."""
-
+_SILENT = _LogCallback(lambda level, text, data: None)  # it tells of every tensor that it repacks
 
 _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "ggml_log_set": (None, [_LogCallback, c_void_p]),
@@ -93,7 +90,7 @@ class Library:
                 raise Absent(f"this llama-cpp-python's ggml has no {name}")
             function.restype, function.argtypes = result, arguments
             setattr(self, name.removeprefix("ggml_"), function)
-        self.log_set(_silent, None)
+        self.log_set(_SILENT, None)
         self.cpu = self.backend_cpu_init()
         self.backend_cpu_set_n_threads(self.cpu, threads)
         parameters = ctypes.create_string_buffer(4096)  # a ggml_threadpool_params, which is smaller
