@@ -18,7 +18,10 @@ static int64_t read(const uint8_t* from, int64_t bytes, int threads) {
         u32 sums[STREAMS] = {};
         for (int64_t at = 0; at < apart; at += WIDTH)
             for (int i = 0; i < STREAMS; ++i) sums[i] += load_as<u32>(start + i * apart + at);
-        __atomic_fetch_add(&total, (int64_t)sum((i32)(sums[0] + sums[1] + sums[2] + sums[3])), __ATOMIC_RELAXED);
+        const u32 all = sums[0] + sums[1] + sums[2] + sums[3];
+        int64_t part = 0;
+        for (int lane = 0; lane < LANES; ++lane) part += all[lane];
+        __atomic_fetch_add(&total, part, __ATOMIC_RELAXED);
     });
     return total;
 }
