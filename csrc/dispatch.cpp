@@ -68,3 +68,14 @@ VECMAT_API int64_t vecmat_multiply(const vecmat_panels* weight, const void* x, i
                               (int32_t)threads};
     return vecmat::in_use->panels(&call);
 }
+
+// Read memory and do nothing else: the sum of what is there, so that the reading cannot be left out.
+VECMAT_API int64_t vecmat_read(const uint8_t* from, int64_t bytes, int64_t threads) {
+    return vecmat::in_use->read(from, bytes, (int)threads);
+}
+
+// Multiply and add in registers for a while, in each thread; the operations that all of them did, two for a product.
+// kind: 0 fp32, 1 pairs of bf16 (fp32 where there is no instruction for them), 2 bytes.
+VECMAT_API int64_t vecmat_operations(int64_t kind, int64_t rounds, int64_t threads) {
+    return vecmat::in_use->operations((int)kind, rounds, (int)threads);
+}

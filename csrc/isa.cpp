@@ -3,6 +3,7 @@
 
 #include "isa.h"
 #include "panels.h"
+#include "probe.h"
 #include "threads.h"
 
 namespace vecmat {
@@ -106,6 +107,6 @@ static void pack(const vecmat_panels* weight, const uint8_t* data, int64_t row_b
 #define VECMAT_TABLE(name) VECMAT_JOIN(isa_, name)
 extern const Isa VECMAT_TABLE(VECMAT_ISA);
 const Isa VECMAT_TABLE(VECMAT_ISA) = {VECMAT_NAME(VECMAT_ISA), VECMAT_ISA::COLUMNS, VECMAT_ISA::pack,
-                                      VECMAT_ISA::panels};
+                                      VECMAT_ISA::panels, VECMAT_ISA::read, VECMAT_ISA::operations};
 
 }  // namespace vecmat

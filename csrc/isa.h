@@ -10,6 +10,8 @@ struct Isa {
     int columns;  // output channels of a panel
     void (*pack)(const vecmat_panels*, const uint8_t* data, int64_t row_bytes, const float* scale, const uint8_t* zero);
     bool (*panels)(const vecmat_call*);  // false if there is no memory to work in
+    int64_t (*read)(const uint8_t* from, int64_t bytes, int threads);
+    int64_t (*operations)(int kind, int64_t rounds, int threads);
 };
 
 }  // namespace vecmat

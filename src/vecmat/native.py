@@ -52,6 +52,9 @@ class Native:
         self.multiply.argtypes = [
             c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_int64, c_int64,
         ]  # fmt: skip
+        self.read, self.operations = self._lib.vecmat_read, self._lib.vecmat_operations  # benchmarks' measures
+        self.read.restype, self.read.argtypes = c_int64, [c_void_p, c_int64, c_int64]
+        self.operations.restype, self.operations.argtypes = c_int64, [c_int64, c_int64, c_int64]
         while name := self._lib.vecmat_isa(len(self.isas)):
             self.isas.append(name.decode())
         wanted = os.environ.get(CAP) or self.isas[0]

@@ -1,0 +1,107 @@
+"""What the CPU benchmark times: a weight as each contender stores it, copies of it, and calls that multiply by them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+import vecmat
+
+Call = Callable[[], object]
+Rate = Literal["fp32", "bf16", "int8"]
+
+
+class Absent(Exception):
+    """Why a contender cannot take part: a package that is not installed, a shape it does not have, a wrong result."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Calls:
+    """A contender ready for some rows of x: a call for each copy of its weight, and what the first and last gave.
+
+    result: copy's index -> that call's y, (M, N), any float dtype. kernel: what runs, where there is a choice.
+    """
+
+    calls: Sequence[Call]
+    result: Callable[[int], Tensor]
+    kernel: str = ""
+
+
+class Contender(Protocol):
+    """A way to multiply by a weight that it has stored in its own format.
+
+    weight_bytes: of one copy, as it must be read. rate, times: what its multiplications are made of, and how many of
+    those one product takes, for the floor. tolerance: the RMS error against the weight in float64, over the RMS of y,
+    that its format may have: coarse, to catch a peer that is driven wrongly.
+    """
+
+    weight_bytes: int
+    rate: Rate
+    times: int
+    tolerance: float
+
+    def rows(self, x: Tensor) -> Calls:
+        """Calls for x (M, K), fp32 whose values are bf16's."""
+
+    def close(self) -> None:
+        """Free what Python does not."""
+
+
+@dataclasses.dataclass(slots=True)
+class Material:
+    """What every contender is made of. w: (N, K), fp32. pool_bytes: copies rotate until they are this large."""
+
+    w: Tensor
+    pool_bytes: int
+    threads: int
+    kernels: dict[str, str]  # vecmat's contender: the kernel to force
+    weights: dict[str, list[vecmat.Weight]] = dataclasses.field(default_factory=dict)
+
+    @staticmethod
+    def make(n: int, k: int, pool_bytes: int, threads: int, kernels: dict[str, str]) -> Material:
+        """A random weight (n, k) whose products with normal numbers are about 1."""
+        generator = torch.Generator().manual_seed(n * 31 + k)
+        w = torch.randn(n, k, generator=generator) / math.sqrt(k)
+        return Material(w, pool_bytes, threads, kernels)
+
+    @property
+    def n(self) -> int:
+        return self.w.shape[0]
+
+    @property
+    def k(self) -> int:
+        return self.w.shape[1]
+
+    def copies(self, nbytes: int) -> int:
+        """How many copies of so many bytes fill the pool; two at least."""
+        return max(2, -(-self.pool_bytes // nbytes))
+
+    def quantised(self, fmt: str) -> list[vecmat.Weight]:
+        """Copies of the weight as a vecmat.Weight: made once for all contenders that use the format."""
+        if fmt not in self.weights:
+            weight = vecmat.quantize(self.w, fmt)
+            count = self.copies(weight.format.nbytes(self.n, self.k))
+            self.weights[fmt] = [weight, *(weight.copy() for _ in range(count - 1))]
+        return self.weights[fmt]
+
+    def activations(self, m: int) -> Tensor:
+        """x (m, K), fp32 with values of bf16, so that contenders of either type are given the same numbers."""
+        generator = torch.Generator().manual_seed(m)
+        return torch.randn(m, self.k, generator=generator).bfloat16().float()
+
+
+Build = Callable[[Material], Contender]
+
+
+def error(material: Material, x: Tensor, y: Tensor, rows: int = 8) -> float:
+    """The RMS of y minus the float64 truth over the truth's own, of the first and last ``rows`` rows."""
+    if y.shape != (x.shape[0], material.n):
+        raise Absent(f"its result has shape {tuple(y.shape)}; expected {(x.shape[0], material.n)}")
+    some = sorted({*range(min(rows, x.shape[0])), *range(max(0, x.shape[0] - rows), x.shape[0])})
+    truth = x[some].double() @ material.w.double().t()
+    return float((y[some].double() - truth).square().mean().sqrt() / truth.square().mean().sqrt())
