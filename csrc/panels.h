@@ -17,6 +17,9 @@
 namespace vecmat {
 namespace VECMAT_ISA {
 
+// Loops over what lies in registers: an array that a loop indexes would lie in memory.
+#define VECMAT_UNROLL _Pragma("GCC unroll 16")
+
 constexpr int VECTORS = 4;                   // registers side by side in a panel
 constexpr int COLUMNS = VECTORS * LANES;     // output channels of a panel
 constexpr int SPAN = 2048;                   // k whose products are summed in int32 where there are no groups
@@ -132,10 +135,10 @@ inline void accumulate(const vecmat_panels& w, const Shape& shape, const Strip& 
     const int64_t line = shape.padded, groups = shape.groups;
     for (int64_t g = first; g < last; ++g) {
         i32 acc[M][D][NV];
-        for (int m = 0; m < M; ++m)
-            for (int d = 0; d < D; ++d) {
+        VECMAT_UNROLL for (int m = 0; m < M; ++m)
+            VECMAT_UNROLL for (int d = 0; d < D; ++d) {
                 const i32 start = splat(x.start[(m * D + d) * groups + g]);
-                for (int j = 0; j < NV; ++j) {
+                VECMAT_UNROLL for (int j = 0; j < NV; ++j) {
                     acc[m][d][j] = start;
                     if (strip.zero) acc[m][d][j] *= from_bytes(load_as<u8x>(strip.zero + g * COLUMNS + j * LANES));
                 }
@@ -146,28 +149,31 @@ inline void accumulate(const vecmat_panels& w, const Shape& shape, const Strip& 
         for (int64_t k = from; k < to; k += STEP, data += COLUMNS * 4, digits += STEP) {
             for (int line = ahead.from; line < ahead.to; ++line) prefetch(data + ahead.distance + line * 64);
             i32 low[NV], high[NV];
-            for (int j = 0; j < NV; ++j) {
+            VECMAT_UNROLL for (int j = 0; j < NV; ++j) {
                 low[j] = load_as<i32>(data + j * WIDTH);
                 if (BITS == 4) {
                     high[j] = (i32)((u32)low[j] >> 4) & 0x0f0f0f0f;
                     low[j] &= 0x0f0f0f0f;
                 }
             }
-            for (int m = 0; m < M; ++m)
-                for (int d = 0; d < D; ++d) {
+            VECMAT_UNROLL for (int m = 0; m < M; ++m)
+                VECMAT_UNROLL for (int d = 0; d < D; ++d) {
                     const int8_t* row = digits + (m * D + d) * line;
                     const i32 first_four = splat(load_as<int32_t>(row));
-                    for (int j = 0; j < NV; ++j) acc[m][d][j] = dot<BITS == 4>(acc[m][d][j], low[j], first_four);
+                    VECMAT_UNROLL for (int j = 0; j < NV; ++j)
+                        acc[m][d][j] = dot<BITS == 4>(acc[m][d][j], low[j], first_four);
                     if (BITS == 4) {
                         const i32 next_four = splat(load_as<int32_t>(row + 4));
-                        for (int j = 0; j < NV; ++j) acc[m][d][j] = dot<true>(acc[m][d][j], high[j], next_four);
+                        VECMAT_UNROLL for (int j = 0; j < NV; ++j)
+                            acc[m][d][j] = dot<true>(acc[m][d][j], high[j], next_four);
                     }
                 }
         }
-        for (int m = 0; m < M; ++m)
-            for (int j = 0; j < NV; ++j) {
+        VECMAT_UNROLL for (int m = 0; m < M; ++m)
+            VECMAT_UNROLL for (int j = 0; j < NV; ++j) {
                 f32 whole = to_float(acc[m][D - 1][j]);
-                for (int d = D - 2; d >= 0; --d) whole = fma(whole, splat(256.0f), to_float(acc[m][d][j]));
+                VECMAT_UNROLL for (int d = D - 2; d >= 0; --d)
+                    whole = fma(whole, splat(256.0f), to_float(acc[m][d][j]));
                 f[m][j] = w.group ? fma(whole, load(strip.scale + g * COLUMNS + j * LANES), f[m][j]) : f[m][j] + whole;
             }
     }
@@ -183,8 +189,8 @@ struct Out {
 template <class Y, int M, int NV> inline void store_rows(const Out& out, int64_t row, const f32 (&f)[M][NV]) {
     const int64_t n = out.call.weight->n, columns = n - out.column;
     Y* y = (Y*)out.call.y + row * n + out.column;
-    for (int m = 0; m < M; ++m, y += n)
-        for (int j = 0; j < NV; ++j) {
+    VECMAT_UNROLL for (int m = 0; m < M; ++m, y += n)
+        VECMAT_UNROLL for (int j = 0; j < NV; ++j) {
             if (columns >= NV * LANES) store(y + j * LANES, f[m][j]);
             else if (columns > j * LANES) store(y + j * LANES, f[m][j], (int)(columns - j * LANES));
         }
@@ -194,10 +200,11 @@ template <class Y, int M, int NV> inline void store_rows(const Out& out, int64_t
 template <int M, int NV> inline void finish(const Out& out, int64_t row, f32 (&f)[M][NV]) {
     const vecmat_call& call = out.call;
     if (call.bias)
-        for (int j = 0; j < NV && out.column + j * LANES < call.weight->n; ++j) {
+        VECMAT_UNROLL for (int j = 0; j < NV; ++j) {
             const int64_t column = out.column + j * LANES;
+            if (column >= call.weight->n) break;
             const f32 bias = load_any(call.bias, call.x_type, column, call.weight->n - column);
-            for (int m = 0; m < M; ++m) f[m][j] += bias;
+            VECMAT_UNROLL for (int m = 0; m < M; ++m) f[m][j] += bias;
         }
     switch (call.y_type) {
         case VECMAT_FP32: return store_rows<float>(out, row, f);
@@ -214,16 +221,16 @@ __attribute__((noinline)) void tile(const Out& out, const Shape& shape, const St
     const Digits x = {all.digits + row * D * shape.padded, all.start + row * D * shape.groups, all.rows + row};
     float* kept = partial + row * COLUMNS;
     f32 f[M][NV];
-    for (int m = 0; m < M; ++m)
-        for (int j = 0; j < NV; ++j) f[m][j] = first ? load(kept + m * COLUMNS + j * LANES) : f32{};
+    VECMAT_UNROLL for (int m = 0; m < M; ++m)
+        VECMAT_UNROLL for (int j = 0; j < NV; ++j) f[m][j] = first ? load(kept + m * COLUMNS + j * LANES) : f32{};
     accumulate<BITS, D, M, NV>(w, shape, strip, x, first, last, ahead, f);
     if (last < shape.groups) {
-        for (int m = 0; m < M; ++m)
-            for (int j = 0; j < NV; ++j) store(kept + m * COLUMNS + j * LANES, f[m][j]);
+        VECMAT_UNROLL for (int m = 0; m < M; ++m)
+            VECMAT_UNROLL for (int j = 0; j < NV; ++j) store(kept + m * COLUMNS + j * LANES, f[m][j]);
         return;
     }
-    for (int m = 0; m < M; ++m)
-        for (int j = 0; j < NV; ++j) {
+    VECMAT_UNROLL for (int m = 0; m < M; ++m)
+        VECMAT_UNROLL for (int j = 0; j < NV; ++j) {
             if (!w.group) f[m][j] *= load(strip.scale + j * LANES);
             f[m][j] = f[m][j] * splat(x.rows[m].scale) * splat(x.rows[m].after);
         }
