@@ -68,3 +68,10 @@ VECMAT_API int64_t vecmat_multiply(const vecmat_panels* weight, const void* x, i
                               (int32_t)threads};
     return vecmat::in_use->panels(&call);
 }
+
+// The same for a dense weight.
+VECMAT_API int64_t vecmat_dense(const vecmat_dense_spec* spec, const void* x, int64_t ldx, const void* w, int64_t ldw,
+                                void* y, const void* bias, int64_t m) {
+    const vecmat_dense_call call = {spec, x, ldx, w, ldw, y, bias, m};
+    return vecmat::in_use->dense(&call);
+}

@@ -10,6 +10,7 @@ struct Isa {
     int columns;  // output channels of a panel
     void (*pack)(const vecmat_panels*, const uint8_t* data, int64_t row_bytes, const float* scale, const uint8_t* zero);
     bool (*panels)(const vecmat_call*);  // false if there is no memory to work in
+    bool (*dense)(const vecmat_dense_call*);
 };
 
 }  // namespace vecmat

@@ -1,0 +1,70 @@
+"""Dense weights on a CPU, read where they are: vecmat's own kernel (csrc/dense.h)."""
+
+from __future__ import annotations
+
+from ctypes import addressof
+
+import torch
+from torch import Tensor
+
+from ..device import Device
+from ..native import DenseSpec, native
+from ..problem import DTYPES, Problem
+from .base import Config, Kernel, Run, time_us
+
+_TYPES = {"fp32": 0, "bf16": 1, "fp16": 2}
+
+
+class CpuDense(Kernel):
+    """Dense fp32, bf16 or fp16 weight (N, K), x of any of the three; nothing is packed.
+
+    Each number is a dot product along two rows: a register's lanes take the k in turn, each sums its own in fp32 in
+    the order of k, and the lanes are added up at the end; the order is the same for every M and every number of
+    threads. bf16 by bf16 uses the instruction for pairs where there is one (it takes subnormal numbers for zeros, as
+    torch's own product does there); everything else is widened to fp32, exactly.
+    """
+
+    def rejects(self, problem: Problem, device: Device) -> str | None:
+        if device.kind != "cpu":
+            return "this kernel is for CPUs"
+        if not problem.weight.dense:
+            return f"the weight is {problem.weight}; this kernel multiplies dense weights"
+        if problem.layout != "nk":
+            return "the weight is (K, N); this kernel reads (N, K) row by row"
+        if problem.grad:
+            return "a gradient is asked for; this kernel has none"
+        if not device.native:
+            return native().reason
+        return None
+
+    def estimate_us(self, problem: Problem, device: Device, config: Config) -> float:
+        return time_us(problem.bytes_moved, device.read_gbs, problem.flops, device.tflops32, 6.0)
+
+    def reduction(self, problem: Problem, config: Config) -> str:
+        pairs = problem.x == problem.weight.name == "bf16" and native().isa == "avx512_bf16"
+        return f"k in turn to the lanes of {native().isa}, {'pairs of bf16' if pairs else 'fp32'}"
+
+    def bind(self, problem: Problem, device: Device, config: Config) -> Run:
+        multiply, empty = native().dense, torch.empty
+        n, k, out = problem.n, problem.k, DTYPES[problem.out]
+        types = _TYPES[problem.x], _TYPES[problem.weight.name], _TYPES[problem.out]
+        spec = DenseSpec(n, k, *types, device.units)
+        address = addressof(spec)
+
+        def run(x: Tensor, weight: Tensor, bias: Tensor | None, spec: DenseSpec = spec) -> Tensor:
+            rows = x if x.dim() == 2 else x.reshape(-1, k)
+            if rows.stride(1) != 1:
+                rows = rows.contiguous()
+            if weight.stride(1) != 1:
+                weight = weight.contiguous()
+            y = empty((*x.shape[:-1], n), dtype=out)
+            start = None if bias is None else (bias if bias.stride(0) == 1 else bias.contiguous())
+            done = multiply(
+                address, rows.data_ptr(), rows.stride(0), weight.data_ptr(), weight.stride(0), y.data_ptr(),
+                None if start is None else start.data_ptr(), rows.shape[0],
+            )  # fmt: skip
+            if not done:
+                raise MemoryError(f"matmul: no memory to work in for {problem}")
+            return y
+
+        return run
