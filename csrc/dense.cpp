@@ -11,11 +11,10 @@ inline int64_t round_up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
 template <class Kind, class X> inline bool multiply(const vecmat_dense_call& call) {
     typedef typename Kind::Taken Taken;
     const vecmat_dense_spec& spec = *call.spec;
-    const int64_t tiles = round_up(call.m, TILE) / TILE, steps = round_up(spec.k, Kind::STEP) / Kind::STEP;
-    const int64_t units = round_up(spec.n, ROWS) / ROWS, most = call.m < BAND ? call.m : BAND;
-    const int64_t taken = round_up(call.m * steps * Kind::STEP * (int64_t)sizeof(Taken), 64);
-    const int64_t kept = tiles > 1 ? BLOCK * BAND * WIDTH : 0, copy = tiles > 2 ? ROWS * CHUNK : 0;
-    const int64_t own = round_up(kept + copy + most * BLOCK * (int64_t)sizeof(float), 64);
+    const int64_t tiles = round_up(call.m, TILE) / TILE;
+    const int64_t units = round_up(spec.n, ROWS) / ROWS, padded = round_up(spec.k, Kind::STEP);
+    const int64_t taken = round_up(call.m * padded * (int64_t)sizeof(Taken), 64);
+    const int64_t own = round_up(call.m * BLOCK * (int64_t)sizeof(float), 64);
     const int threads = worth(spec.threads, units, call.m * spec.n * spec.k);
     const bool shared = call.m > threads;  // few rows: each thread takes them by itself, which costs no barrier
     const int64_t each = own + (shared ? 0 : taken);
@@ -24,20 +23,24 @@ template <class Kind, class X> inline bool multiply(const vecmat_dense_call& cal
     in_threads(threads, [&](int thread, Team& team) {
         char* mine = (char*)scratch.memory + (shared ? taken : 0) + thread * each;
         Taken* x = (Taken*)(shared ? (char*)scratch.memory : mine + own);
-        const Job<Kind> job = {call, x, (float*)mine, (float*)(mine + kept + copy), (Taken*)(mine + kept), tiles, steps};
+        const Job<Kind> job = {call, x, (float*)mine, tiles, padded};
         for (int64_t tile = 0; tile < tiles; ++tile) {
             const int64_t first = job.row(tile), count = job.row(tile + 1) - first;
             for (int64_t row = 0; row < count; ++row)
                 if (!shared || (first + row) % threads == thread)
                     take_row<Kind>((const X*)call.x + (first + row) * call.ldx, spec.k,
-                                   x + (first * steps + row) * Kind::STEP, count * Kind::STEP);
+                                   x + first * padded + row * Kind::STEP, count * Kind::STEP);
         }
         if (shared) team.wait();
         const int64_t from = units * thread / threads * ROWS, to = units * (thread + 1) / threads * ROWS;
         const int64_t end = to < spec.n ? to : spec.n;
-        const bool streams = call.m == 1 && spec.k * (int64_t)sizeof(typename Kind::Stored) >= LONG;
-        if (streams) columns_of_y<Kind, STREAMS>(job, from, end);
-        else columns_of_y<Kind, ROWS>(job, from, end);
+        const bool is_short = spec.k * (int64_t)sizeof(typename Kind::Stored) <= SHORT;
+        if (call.m == 1 && is_short) columns_of_y<Kind, 1, 1, 0>(job, from, end);
+        else if (call.m == 1) columns_of_y<Kind, STREAMS, 1, 0>(job, from, end);
+        else if (call.m <= FEW) columns_of_y<Kind, FEW_ROWS, FEW, FEW_ROWS>(job, from, end);
+        else if (tiles == 1) columns_of_y<Kind, ROWS, TILE, ROWS>(job, from, end);
+        else if (tiles < ROWS) columns_of_y<Kind, ROWS, TILE, ROWS / 2>(job, from, end);
+        else columns_of_y<Kind, ROWS, TILE, 1>(job, from, end);
     });
     return true;
 }

@@ -13,6 +13,8 @@ from ..problem import DTYPES, Problem
 from .base import Config, Kernel, Run, time_us
 
 _TYPES = {"fp32": 0, "bf16": 1, "fp16": 2}
+# 1e12 operations a second and thread, 128 rows, in fp32 (docs/cpu.md; portable and avx2: a guess from their registers).
+_RATES = {"portable": 0.012, "avx2": 0.07}
 
 
 class CpuDense(Kernel):
@@ -38,11 +40,12 @@ class CpuDense(Kernel):
         return None
 
     def estimate_us(self, problem: Problem, device: Device, config: Config) -> float:
-        return time_us(problem.bytes_moved, device.read_gbs, problem.flops, device.tflops32, 6.0)
+        moved = time_us(problem.bytes_moved, device.read_gbs, fixed_us=6.0)
+        later = 2.0 * (problem.m - 1) * problem.n * problem.k  # the first row is multiplied while the weight arrives
+        return moved + later / (_rate(problem) * device.units) * 1e-6
 
     def reduction(self, problem: Problem, config: Config) -> str:
-        pairs = problem.x == problem.weight.name == "bf16" and native().isa == "avx512_bf16"
-        return f"k in turn to the lanes of {native().isa}, {'pairs of bf16' if pairs else 'fp32'}"
+        return f"k in turn to the lanes of {native().isa}, {'pairs of bf16' if _pairs(problem) else 'fp32'}"
 
     def bind(self, problem: Problem, device: Device, config: Config) -> Run:
         multiply, empty = native().dense, torch.empty
@@ -68,3 +71,12 @@ class CpuDense(Kernel):
             return y
 
         return run
+
+
+def _pairs(problem: Problem) -> bool:
+    """Whether bf16 is multiplied by pairs."""
+    return problem.x == problem.weight.name == "bf16" and native().isa == "avx512_bf16"
+
+
+def _rate(problem: Problem) -> float:
+    return 0.19 if _pairs(problem) else _RATES.get(native().isa, 0.095)
