@@ -8,7 +8,7 @@ namespace rows {
 
 inline int64_t round_up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
 
-template <class Kind, class X> inline bool multiply(const vecmat_dense_call& call) {
+template <class Kind> inline bool multiply(const vecmat_dense_call& call) {
     typedef typename Kind::Taken Taken;
     const vecmat_dense_spec& spec = *call.spec;
     const int64_t tiles = round_up(call.m, TILE) / TILE;
@@ -28,7 +28,7 @@ template <class Kind, class X> inline bool multiply(const vecmat_dense_call& cal
             const int64_t first = job.row(tile), count = job.row(tile + 1) - first;
             for (int64_t row = 0; row < count; ++row)
                 if (!shared || (first + row) % threads == thread)
-                    take_row<Kind>((const X*)call.x + (first + row) * call.ldx, spec.k,
+                    take_row<Kind>(call.x, spec.x_type, (first + row) * call.ldx, spec.k,
                                    x + first * padded + row * Kind::STEP, count * Kind::STEP);
         }
         if (shared) team.wait();
@@ -45,25 +45,17 @@ template <class Kind, class X> inline bool multiply(const vecmat_dense_call& cal
     return true;
 }
 
-template <class X> inline bool widened(const vecmat_dense_call& call) {
-    switch (call.spec->w_type) {
-        case VECMAT_FP32: return multiply<Widened<float>, X>(call);
-        case VECMAT_BF16: return multiply<Widened<bf16>, X>(call);
-        default: return multiply<Widened<fp16>, X>(call);
-    }
-}
-
 }  // namespace rows
 
 bool dense(const vecmat_dense_call* call) {
 #if defined(__AVX512BF16__)
     if (call->spec->x_type == VECMAT_BF16 && call->spec->w_type == VECMAT_BF16)
-        return rows::multiply<rows::Pairs, bf16>(*call);
+        return rows::multiply<rows::Pairs>(*call);
 #endif
-    switch (call->spec->x_type) {
-        case VECMAT_FP32: return rows::widened<float>(*call);
-        case VECMAT_BF16: return rows::widened<bf16>(*call);
-        default: return rows::widened<fp16>(*call);
+    switch (call->spec->w_type) {
+        case VECMAT_FP32: return rows::multiply<rows::Widened<float>>(*call);
+        case VECMAT_BF16: return rows::multiply<rows::Widened<bf16>>(*call);
+        default: return rows::multiply<rows::Widened<fp16>>(*call);
     }
 }
 

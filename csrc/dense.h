@@ -33,10 +33,11 @@ template <class W> struct Widened {
     typedef f32 Vector;
     static constexpr int STEP = LANES;
     static f32 stored(const W* from) { return load(from); }
-    static f32 stored(const W* from, int count) { return load(from, count); }
+    static f32 stored(const W* from, int64_t count) { return load_some(from, count); }
     static f32 taken(const float* from) { return load(from); }
-    template <class X> static void take(float* to, const X* from) { store(to, load(from)); }
-    template <class X> static void take(float* to, const X* from, int count) { store(to, load(from, count)); }
+    static void take(float* to, const void* x, int type, int64_t at, int64_t count) {
+        store(to, load_any(x, type, at, (int)count));
+    }
     static f32 add(f32 acc, f32 w, f32 x) { return fma(w, x, acc); }
 };
 
@@ -48,23 +49,24 @@ struct Pairs {
     typedef i32 Vector;
     static constexpr int STEP = 2 * LANES;
     static i32 stored(const bf16* from) { return load_as<i32>(from); }
-    static i32 stored(const bf16* from, int count) {
+    static i32 stored(const bf16* from, int64_t count) {
+        if (count >= STEP) return stored(from);
         i32 value = {};
         memcpy(&value, from, count * sizeof(bf16));
         return value;
     }
     static i32 taken(const bf16* from) { return load_as<i32>(from); }
-    static void take(bf16* to, const bf16* from) { store_as(to, load_as<i32>(from)); }
-    static void take(bf16* to, const bf16* from, int count) { store_as(to, stored(from, count)); }
+    static void take(bf16* to, const void* x, int, int64_t at, int64_t count) {
+        store_as(to, stored((const bf16*)x + at, count));
+    }
     static f32 add(f32 acc, i32 w, i32 x) { return dot_pairs(acc, w, x); }
 };
 #endif
 
-// A row of x as a tile wants it: its steps ``apart`` elements apart.
-template <class Kind, class X> inline void take_row(const X* x, int64_t k, typename Kind::Taken* to, int64_t apart) {
-    int64_t i = 0;
-    for (; i + Kind::STEP <= k; i += Kind::STEP, to += apart) Kind::take(to, x + i);
-    if (i < k) Kind::take(to, x + i, (int)(k - i));
+// Elements [at, at + k) of x as a tile wants a row of it: its steps ``apart`` elements apart.
+template <class Kind> inline void take_row(const void* x, int type, int64_t at, int64_t k, typename Kind::Taken* to,
+                                           int64_t apart) {
+    for (int64_t i = 0; i < k; i += Kind::STEP, to += apart) Kind::take(to, x, type, at + i, k - i);
 }
 
 // The sums of R rows of the weight, ``line`` elements apart, and M of x: out[m * BLOCK + r]. Meanwhile AHEAD rows of the
@@ -90,7 +92,7 @@ __attribute__((noinline)) void tile(const typename Kind::Stored* w, int64_t line
         add(stored);
     }
     if (k > 0) {
-        for (int r = 0; r < R; ++r) stored[r] = Kind::stored(w + r * line, (int)k);
+        for (int r = 0; r < R; ++r) stored[r] = Kind::stored(w + r * line, k);
         add(stored);
     }
     const f32 none = {};
@@ -103,25 +105,14 @@ __attribute__((noinline)) void tile(const typename Kind::Stored* w, int64_t line
         }
 }
 
-// The block of y whose columns begin at ``column``, from its fp32 sums.
-template <class X, class Y> inline void write_as(const vecmat_dense_call& call, const float* out, int64_t column, int columns) {
-    for (int at = 0; at < columns; at += LANES) {
-        const int count = columns - at < LANES ? columns - at : LANES;
-        f32 bias = {};
-        if (call.bias) {
-            const X* from = (const X*)call.bias + column + at;
-            bias = count == LANES ? load(from) : load(from, count);
-        }
+// ``columns`` columns of y from ``column`` on, from their fp32 sums.
+inline void write(const vecmat_dense_call& call, const float* out, int64_t column, int64_t columns) {
+    const vecmat_dense_spec& spec = *call.spec;
+    for (int64_t at = 0; at < columns; at += LANES) {
+        const int count = columns - at < LANES ? (int)(columns - at) : LANES;
+        const f32 bias = call.bias ? load_any(call.bias, spec.x_type, column + at, count) : f32{};
         for (int64_t m = 0; m < call.m; ++m)
-            store((Y*)call.y + m * call.spec->n + column + at, load(out + m * BLOCK + at) + bias, count);
-    }
-}
-
-template <class X> inline void write(const vecmat_dense_call& call, const float* out, int64_t column, int columns) {
-    switch (call.spec->y_type) {
-        case VECMAT_FP32: return write_as<X, float>(call, out, column, columns);
-        case VECMAT_BF16: return write_as<X, bf16>(call, out, column, columns);
-        default: return write_as<X, fp16>(call, out, column, columns);
+            store_any(call.y, spec.y_type, m * spec.n + column + at, load(out + m * BLOCK + at) + bias, count);
     }
 }
 
@@ -176,11 +167,7 @@ template <class Kind, int R, int MOST, int AHEAD> inline void columns_of_y(const
                     tile_of<Kind, 1, TILE, 0>(job, number, column, job.out + (column - block), column);
             }
         }
-        switch (call.spec->x_type) {
-            case VECMAT_FP32: write<float>(call, job.out, block, (int)(end - block)); break;
-            case VECMAT_BF16: write<bf16>(call, job.out, block, (int)(end - block)); break;
-            default: write<fp16>(call, job.out, block, (int)(end - block));
-        }
+        write(call, job.out, block, end - block);
     }
 }
 

@@ -133,7 +133,9 @@ def _linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, format: str, layout: Layout, out_dtype: torch.dtype | None
 ) -> Tensor:
     fmt, n, k = _asked(x, weight, bias, format, layout, out_dtype)
-    if _is_torchs(x, weight, bias, fmt, n, k, layout, out_dtype, packable=bool(format)):
+    # Under torch.vmap over the weight too there are several weights: torch can batch them.
+    several = torch._C._functorch.is_batchedtensor(weight) and not format
+    if several or _is_torchs(x, weight, bias, fmt, n, k, layout, out_dtype, packable=bool(format)):
         return F.linear(x, weight if layout == "nk" else weight.t(), bias)
     return _OP.matmul(x, weight, None, None, bias, format, k, layout, out_dtype, None, None)  # type: ignore[no-any-return]
 

@@ -6,6 +6,7 @@ from ctypes import addressof
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..device import Device
 from ..native import DenseSpec, native
@@ -60,12 +61,15 @@ class CpuDense(Kernel):
                 rows = rows.contiguous()
             if weight.stride(1) != 1:
                 weight = weight.contiguous()
-            y = empty((*x.shape[:-1], n), dtype=out)
             start = None if bias is None else (bias if bias.stride(0) == 1 else bias.contiguous())
+            try:
+                places = rows.data_ptr(), weight.data_ptr(), None if start is None else start.data_ptr()
+            except RuntimeError:  # torch.func's tensors have no memory of their own; torch can multiply them
+                return F.linear(x.to(out), weight.to(out), None if bias is None else bias.to(out))
+            y = empty((*x.shape[:-1], n), dtype=out)
             done = multiply(
-                address, rows.data_ptr(), rows.stride(0), weight.data_ptr(), weight.stride(0), y.data_ptr(),
-                None if start is None else start.data_ptr(), rows.shape[0],
-            )  # fmt: skip
+                address, places[0], rows.stride(0), places[1], weight.stride(0), y.data_ptr(), places[2], rows.shape[0]
+            )
             if not done:
                 raise MemoryError(f"matmul: no memory to work in for {problem}")
             return y
