@@ -14,7 +14,7 @@ from ..problem import DTYPES, Problem
 from .base import Config, Kernel, Run, time_us
 
 _TYPES = {"fp32": 0, "bf16": 1, "fp16": 2}
-# 1e12 operations a second and thread, 128 rows, in fp32 (docs/cpu.md; portable and avx2: a guess from their registers).
+# 1e12 operations a second and thread, in fp32: 0.095 with AVX-512 (docs/cpu.md), the others by their registers' width.
 _RATES = {"portable": 0.012, "avx2": 0.07}
 
 
@@ -41,12 +41,14 @@ class CpuDense(Kernel):
         return None
 
     def estimate_us(self, problem: Problem, device: Device, config: Config) -> float:
+        rate = 0.19 if _pairs(problem, device.native) else _RATES.get(device.native, 0.095)
         moved = time_us(problem.bytes_moved, device.read_gbs, fixed_us=6.0)
         later = 2.0 * (problem.m - 1) * problem.n * problem.k  # the first row is multiplied while the weight arrives
-        return moved + later / (_rate(problem) * device.units) * 1e-6
+        return moved + later / (rate * device.units) * 1e-6
 
     def reduction(self, problem: Problem, config: Config) -> str:
-        return f"k in turn to the lanes of {native().isa}, {'pairs of bf16' if _pairs(problem) else 'fp32'}"
+        isa = native().isa
+        return f"k in turn to the lanes of {isa}, {'pairs of bf16' if _pairs(problem, isa) else 'fp32'}"
 
     def bind(self, problem: Problem, device: Device, config: Config) -> Run:
         multiply, empty = native().dense, torch.empty
@@ -77,10 +79,6 @@ class CpuDense(Kernel):
         return run
 
 
-def _pairs(problem: Problem) -> bool:
+def _pairs(problem: Problem, isa: str) -> bool:
     """Whether bf16 is multiplied by pairs."""
-    return problem.x == problem.weight.name == "bf16" and native().isa == "avx512_bf16"
-
-
-def _rate(problem: Problem) -> float:
-    return 0.19 if _pairs(problem) else _RATES.get(native().isa, 0.095)
+    return problem.x == problem.weight.name == "bf16" and isa == "avx512_bf16"

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from ..device import Device
 from ..problem import Problem
-from .base import Config, Kernel, Run, time_us
+from .base import Config, Kernel, Run, time_us, torch_fp32_us
 
 
 class TorchDense(Kernel):
@@ -31,10 +31,8 @@ class TorchDense(Kernel):
             rate = device.tflops32 if problem.x == "fp32" else device.tflops16
             padded = 2 * max(problem.m, 64) * problem.n * problem.k  # cuBLAS computes whole tiles of rows
             return time_us(problem.bytes_moved, 0.985 * device.read_gbs, padded, rate, 5.0)
-        if problem.x == "fp32":  # one row at half the memory's speed, more of them after reading at a third
-            slow, rows = (0.55, 0) if problem.m == 1 else (0.3, problem.m)
-            done = 2.0 * rows * problem.n * problem.k / (1.4 * device.tflops32) * 1e-6
-            return done + time_us(problem.bytes_moved, slow * device.read_gbs, fixed_us=3.0)
+        if problem.x == "fp32":
+            return torch_fp32_us(problem, device)
         native = problem.x == "bf16" and device.arch in ("avx512_bf16", "amx")
         if problem.layout == "kn" and not native:  # torch walks down the columns, one number at a time
             return time_us(problem.bytes_moved, device.read_gbs, problem.flops, 2e-4 * device.units, 5.0)

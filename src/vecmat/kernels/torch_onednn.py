@@ -56,7 +56,7 @@ class TorchOnednn(Kernel):
 
     def estimate_us(self, problem: Problem, device: Device, config: Config) -> float:
         later = 2.0 * (problem.m - 1) * problem.n * problem.k / (1.3 * device.tflops16) * 1e-6
-        return later + time_us(problem.bytes_moved, 0.9 * device.read_gbs, fixed_us=12.0)
+        return later + time_us(problem.bytes_moved, 0.95 * device.read_gbs, fixed_us=12.0)
 
     def reduction(self, problem: Problem, config: Config) -> str:
         return f"oneDNN, whatever it takes for m={problem.m}, {problem.x}"
