@@ -51,9 +51,7 @@ struct Pairs {
     static i32 stored(const bf16* from) { return load_as<i32>(from); }
     static i32 stored(const bf16* from, int64_t count) {
         if (count >= STEP) return stored(from);
-        i32 value = {};
-        memcpy(&value, from, count * sizeof(bf16));
-        return value;
+        return (i32)_mm512_maskz_loadu_epi16((1u << count) - 1, from);
     }
     static i32 taken(const bf16* from) { return load_as<i32>(from); }
     static void take(bf16* to, const void* x, int, int64_t at, int64_t count) {

@@ -207,10 +207,16 @@ inline f32 dot_pairs(f32 acc, i32 w, i32 x) {
 // The first ``count`` elements, zeros behind them.
 template <class T> inline f32 load_some(const T* from, int64_t count) {
     if (count >= LANES) return load(from);
+#if defined(__AVX512BW__)  // no call to memcpy, before which all registers would be saved
+    const __mmask16 some = (__mmask16)((1u << count) - 1);
+    if constexpr (sizeof(T) == 4) return (f32)_mm512_maskz_loadu_ps(some, from);
+    else return widen((u16x)_mm256_maskz_loadu_epi16(some, from), T());
+#else
     T part[LANES];
     memset(part, 0, sizeof part);
     memcpy(part, from, count * sizeof(T));
     return load(part);
+#endif
 }
 template <class T> inline void store(T* to, f32 value, int count) {
     if (count >= LANES) return store(to, value);
