@@ -79,3 +79,10 @@ VECMAT_API int64_t vecmat_read(const uint8_t* from, int64_t bytes, int64_t threa
 VECMAT_API int64_t vecmat_operations(int64_t kind, int64_t rounds, int64_t threads) {
     return vecmat::in_use->operations((int)kind, rounds, (int)threads);
 }
+
+// The same for a dense weight.
+VECMAT_API int64_t vecmat_dense(const vecmat_dense_spec* spec, const void* x, int64_t ldx, const void* w, int64_t ldw,
+                                void* y, const void* bias, int64_t m) {
+    const vecmat_dense_call call = {spec, x, ldx, w, ldw, y, bias, m};
+    return vecmat::in_use->dense(&call);
+}

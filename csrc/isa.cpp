@@ -1,6 +1,4 @@
 // The kernels for one instruction set: compiled once for each, with VECMAT_ISA naming it.
-#include <stdlib.h>
-
 #include "isa.h"
 #include "panels.h"
 #include "probe.h"
@@ -9,14 +7,7 @@
 namespace vecmat {
 namespace VECMAT_ISA {
 
-// Memory of its own for one call; null if there is none.
-struct Scratch {
-    void* memory;
-    explicit Scratch(int64_t bytes) : memory(aligned_alloc(64, divide_up(bytes, 64) * 64)) {}
-    ~Scratch() { free(memory); }
-    Scratch(const Scratch&) = delete;
-    Scratch& operator=(const Scratch&) = delete;
-};
+bool dense(const vecmat_dense_call* call);  // dense.cpp
 
 template <int BITS, int D, class X> inline bool multiply(const vecmat_call& call) {
     const vecmat_panels& w = *call.weight;
@@ -107,6 +98,7 @@ static void pack(const vecmat_panels* weight, const uint8_t* data, int64_t row_b
 #define VECMAT_TABLE(name) VECMAT_JOIN(isa_, name)
 extern const Isa VECMAT_TABLE(VECMAT_ISA);
 const Isa VECMAT_TABLE(VECMAT_ISA) = {VECMAT_NAME(VECMAT_ISA), VECMAT_ISA::COLUMNS, VECMAT_ISA::pack,
-                                      VECMAT_ISA::panels, VECMAT_ISA::read, VECMAT_ISA::operations};
+                                      VECMAT_ISA::panels, VECMAT_ISA::read, VECMAT_ISA::operations,
+                                      VECMAT_ISA::dense};
 
 }  // namespace vecmat

@@ -12,6 +12,7 @@ struct Isa {
     bool (*panels)(const vecmat_call*);  // false if there is no memory to work in
     int64_t (*read)(const uint8_t* from, int64_t bytes, int threads);
     int64_t (*operations)(int kind, int64_t rounds, int threads);
+    bool (*dense)(const vecmat_dense_call*);
 };
 
 }  // namespace vecmat

@@ -4,8 +4,8 @@
 // activations, two for 16-bit x (off by at most 2^-16 of the row's largest element, where bf16's own last place is at
 // 2^-9), four for fp32 x (exact for elements within 2^-7 of the largest). The products of bytes are summed exactly in
 // int32 over a group of k, or over SPAN of k where there are no groups; the digits' sums are joined, scaled and added
-// up in fp32, group by group in the order of k. That order does not depend on m or on the threads, so a row's bits do not
-// either.
+// up in fp32, group by group in the order of k. That order does not depend on m or on the threads, so a row's bits do
+// not either.
 //
 // A register holds four k of LANES columns. The weight's bytes are unsigned; what they are off by (128, 8, or a zero
 // point) is taken off in advance: the sums start at -offset * (sum of the digits).
@@ -246,7 +246,7 @@ inline void rows_of_strip(const Out& out, const Shape& shape, const Strip& strip
     for (int64_t first = 0; first < shape.groups; first += chunk) {
         const int64_t last = first + chunk < shape.groups ? first + chunk : shape.groups;
         const int64_t distance = (last - first) * shape.size * COLUMNS * BITS / 8;
-        const int64_t lines = blocks > 1 && NV == VECTORS ? COLUMNS * 4 / 64 : 0;  // one block: the memory sees a stream
+        const int64_t lines = blocks > 1 && NV == VECTORS ? COLUMNS * 4 / 64 : 0;  // one block is a stream
         for (int64_t block = 0; block < blocks; ++block) {  // blocks of rows as equal as they can be
             const int64_t row = block * m / blocks, count = (block + 1) * m / blocks - row;
             const Ahead ahead = {distance, (int)(block * lines / blocks), (int)((block + 1) * lines / blocks)};

@@ -6,9 +6,19 @@
 #endif
 
 #include <stdint.h>
+#include <stdlib.h>
 
 namespace vecmat {
 namespace VECMAT_ISA {
+
+// Memory of its own for one call; null if there is none.
+struct Scratch {
+    void* memory;
+    explicit Scratch(int64_t bytes) : memory(aligned_alloc(64, (bytes + 63) / 64 * 64)) {}
+    ~Scratch() { free(memory); }
+    Scratch(const Scratch&) = delete;
+    Scratch& operator=(const Scratch&) = delete;
+};
 
 // The threads of one parallel region.
 struct Team {

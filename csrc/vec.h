@@ -173,13 +173,50 @@ template <class T> inline f32 load(const T* from) { return widen(load_as<u16x>(f
 inline void store(float* to, f32 value) { store_as(to, value); }
 template <class T> inline void store(T* to, f32 value) { store_as(to, narrow(value, T())); }
 
+// The sums of four registers' lanes: l with l + 8, then l + 4, l + 2, l + 1. Always in this order.
+inline void sum4(f32 a, f32 b, f32 c, f32 d, float* out) {
+#if defined(__AVX2__)
+#if defined(__AVX512BW__)
+    const auto half = [](f32 v) {
+        return _mm256_add_ps(_mm512_castps512_ps256((__m512)v), _mm512_extractf32x8_ps((__m512)v, 1));
+    };
+#else
+    const auto half = [](f32 v) { return (__m256)v; };
+#endif
+    const auto quarter = [&](f32 v) {
+        const __m256 h = half(v);
+        return _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
+    };
+    const __m128 p = quarter(a), q = quarter(b), r = quarter(c), s = quarter(d);
+    const __m128 first = _mm_add_ps(_mm_unpacklo_ps(p, q), _mm_unpackhi_ps(p, q));
+    const __m128 second = _mm_add_ps(_mm_unpacklo_ps(r, s), _mm_unpackhi_ps(r, s));
+    _mm_storeu_ps(out, _mm_add_ps(_mm_movelh_ps(first, second), _mm_movehl_ps(second, first)));
+#else
+    const f32 all[4] = {a, b, c, d};
+    for (int i = 0; i < 4; ++i) out[i] = (all[i][0] + all[i][2]) + (all[i][1] + all[i][3]);
+#endif
+}
+
+#if defined(__AVX512BF16__)
+// acc + the sum of two products in each lane, of bf16 pairs; subnormal numbers count as zeros.
+inline f32 dot_pairs(f32 acc, i32 w, i32 x) {
+    return (f32)_mm512_dpbf16_ps((__m512)acc, (__m512bh)(__m512i)w, (__m512bh)(__m512i)x);
+}
+#endif
+
 // The first ``count`` elements, zeros behind them.
 template <class T> inline f32 load_some(const T* from, int64_t count) {
     if (count >= LANES) return load(from);
+#if defined(__AVX512BW__)  // no call to memcpy, before which all registers would be saved
+    const __mmask16 some = (__mmask16)((1u << count) - 1);
+    if constexpr (sizeof(T) == 4) return (f32)_mm512_maskz_loadu_ps(some, from);
+    else return widen((u16x)_mm256_maskz_loadu_epi16(some, from), T());
+#else
     T part[LANES];
     memset(part, 0, sizeof part);
     memcpy(part, from, count * sizeof(T));
     return load(part);
+#endif
 }
 template <class T> inline void store(T* to, f32 value, int count) {
     if (count >= LANES) return store(to, value);

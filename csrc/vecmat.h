@@ -34,3 +34,21 @@ struct vecmat_call {
     int64_t m;
     int32_t x_type, y_type, digits, threads;
 };
+
+// A kind of dense product: y (m, n) = x (m, k) @ weight (n, k), by ``threads`` threads.
+struct vecmat_dense_spec {
+    int64_t n, k;
+    int32_t x_type, w_type, y_type, threads;
+};
+
+// One of them: rows of x ldx and rows of the weight ldw elements apart, y without gaps, bias (n,) of x's type or null.
+struct vecmat_dense_call {
+    const struct vecmat_dense_spec* spec;
+    const void* x;
+    int64_t ldx;
+    const void* w;
+    int64_t ldw;
+    void* y;
+    const void* bias;
+    int64_t m;
+};

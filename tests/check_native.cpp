@@ -29,7 +29,9 @@ static float from_bf16(uint16_t bits) {
 // Memory of exactly so many bytes: what lies next to it is poison.
 template <class T> struct Exact {
     T* data;
-    explicit Exact(int64_t count) : data((T*)malloc(count * sizeof(T))) { memset((void*)data, 0x7f, count * sizeof(T)); }
+    explicit Exact(int64_t count) : data((T*)malloc(count * sizeof(T))) {
+        memset((void*)data, 0x7f, count * sizeof(T));
+    }
     ~Exact() { free(data); }
     Exact(const Exact&) = delete;
     Exact& operator=(const Exact&) = delete;
@@ -67,16 +69,21 @@ static void compare(const char* what, const float* y, const std::vector<double>&
     if (++wrong <= 10) printf("%s: relative error %g, at most %g\n", what, sqrt(error / size), most);
 }
 
-static void quantised(const Library& library, const char* isa, int64_t n, int64_t k, int bits, int64_t group, bool zeros) {
+static void quantised(const Library& library, const char* isa, int64_t n, int64_t k, int bits, int64_t group,
+                      bool zeros) {
     const int64_t groups = group ? up(k, group) : 1, row = bits == 8 ? k : up(k, 2), columns = library.columns();
     Exact<uint8_t> data(n * row), zero(n * groups);
     Exact<float> scale(n * groups);
     for (int64_t i = 0; i < n * row; ++i) data.data[i] = (uint8_t)(draw() >> 24);
-    for (int64_t i = 0; i < n * groups; ++i) scale.data[i] = 0.01f + fabsf(number()), zero.data[i] = (draw() >> 24) & 15;
+    for (int64_t i = 0; i < n * groups; ++i) {
+        scale.data[i] = 0.01f + fabsf(number());
+        zero.data[i] = draw() >> 24 & 15;
+    }
     const int64_t panels = up(n, columns), padded = up(k, 8) * 8;
     Exact<uint8_t> packed(panels * padded * columns * bits / 8), packed_zero(panels * groups * columns);
     Exact<float> packed_scale(panels * groups * columns);
-    const vecmat_panels weight = {packed.data, packed_scale.data, zeros ? packed_zero.data : nullptr, n, k, group, bits};
+    const vecmat_panels weight = {packed.data, packed_scale.data, zeros ? packed_zero.data : nullptr, n, k, group,
+                                  bits};
     library.pack(&weight, data.data, row, scale.data, zeros ? zero.data : nullptr);
     std::vector<double> w(n * k);
     for (int64_t i = 0; i < n; ++i)
@@ -98,7 +105,10 @@ static void quantised(const Library& library, const char* isa, int64_t n, int64_
                         x16.data[i] = to_bf16(number());
                         x.data[i] = from_bf16(x16.data[i]);
                     }
-                    for (int64_t i = 0; i < n; ++i) bias16.data[i] = to_bf16(number()), bias.data[i] = from_bf16(bias16.data[i]);
+                    for (int64_t i = 0; i < n; ++i) {
+                        bias16.data[i] = to_bf16(number());
+                        bias.data[i] = from_bf16(bias16.data[i]);
+                    }
                     std::vector<double> truth(m * n);
                     double size = 0;
                     for (int64_t i = 0; i < m; ++i)
@@ -116,8 +126,8 @@ static void quantised(const Library& library, const char* isa, int64_t n, int64_
                                           VECMAT_FP32, digits, threads))
                         fprintf(stderr, "no memory\n"), exit(2);
                     char what[160];
-                    snprintf(what, sizeof what, "%s int%d:g%ld%s m%ld n%ld k%ld digits %d type %d threads %d", isa, bits,
-                             (long)group, zeros ? ":zp" : "", (long)m, (long)n, (long)k, digits, type, threads);
+                    snprintf(what, sizeof what, "%s int%d:g%ld%s m%ld n%ld k%ld digits %d type %d threads %d", isa,
+                             bits, (long)group, zeros ? ":zp" : "", (long)m, (long)n, (long)k, digits, type, threads);
                     compare(what, y.data, truth, size, most[digits]);
                 }
 }

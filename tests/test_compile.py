@@ -683,7 +683,9 @@ def test_an_exported_model_agrees_saved_and_loaded_too(weights: str) -> None:
     file.seek(0)
     for each in (program, torch.export.load(file), program.run_decompositions()):
         for shape in ((2, 2), (2, 5), (2, 33)):
-            assert torch.equal(each.module()(tokens(*shape)), model(tokens(*shape)))
+            with torch.no_grad():  # with gradients an eager call has fewer kernels to choose from than a program
+                assert torch.equal(each.module()(tokens(*shape)), model(tokens(*shape)))
+            torch.testing.assert_close(each.module()(tokens(*shape)), model(tokens(*shape)), rtol=1e-4, atol=1e-4)
 
 
 def test_a_program_that_was_lowered_for_inference_refuses_to_train() -> None:

@@ -66,9 +66,10 @@ def run_grid(
     ran, failures, reasons = 0, [], []
     for (place, (n, k)), x_name, layout, compute in product(enumerate(shapes), DENSE, layouts, computes(fmt)):
         able = []
+        as_weight = fmt != x_name or place % 2 == 0  # a dense weight comes as a tensor, too
         for step, m in enumerate(rows):
             biased = (place + step) % 2 == 0
-            problem = asked(m, n, k, x_name, fmt, layout=layout, compute=compute, bias=biased)
+            problem = asked(m, n, k, x_name, fmt, layout=layout, compute=compute, bias=biased, packable=as_weight)
             reason = refusal(kernel, problem, device)
             if reason is None:
                 able.append((m, biased))
@@ -76,7 +77,6 @@ def run_grid(
                 reasons.append(reason)
         if not able:
             continue
-        as_weight = fmt != x_name or place % 2 == 0  # a dense weight comes as a tensor, too
         options = {"layout": "nk" if as_weight else layout, "compute": compute}
         a, w, b = numbers("plain", max(rows), n, k, x_name, fmt)
         weight = stored(w, fmt, layout, device, as_weight=as_weight)
@@ -139,7 +139,7 @@ def test_hard_numbers_are_right(kernel: str, device: str) -> None:
                 continue  # such a weight has no scale: it is stored as zeros
             for m in (1, 5, 33):
                 a, w, bias = (t.to(device) for t in numbers(kind, m, 64, 256, x_name, fmt))
-                weight = stored(w, fmt, "nk", device, as_weight=fmt != x_name)
+                weight = stored(w, fmt, "nk", device)
                 x, bias = guarded(a.to(DTYPES[x_name])), bias.to(DTYPES[x_name])
                 if refuses(kernel, x, weight, bias, compute=compute):
                     continue
@@ -159,7 +159,7 @@ def test_inf_and_nan_stay_in_their_rows(kernel: str, device: str) -> None:
     for fmt, x_name, compute in accepted_formats(kernel, device):
         for m in (5, 8, 20):
             a, w, _ = (t.to(device) for t in numbers("plain", m, 64, 256, x_name, fmt))
-            weight, x = stored(w, fmt, "nk", device, as_weight=fmt != x_name), guarded(a.to(DTYPES[x_name]))
+            weight, x = stored(w, fmt, "nk", device), guarded(a.to(DTYPES[x_name]))
             if refuses(kernel, x, weight, None, compute=compute):
                 continue
             ill = [row for row in bad if row < m]

@@ -1,4 +1,4 @@
-"""Greedy decoding of a ``transformers`` model: its own ``generate``, or a compiled step over a cache of fixed length."""
+"""Greedy decoding of a ``transformers`` model: its own ``generate``, or a compiled step and a cache of fixed length."""
 
 from __future__ import annotations
 

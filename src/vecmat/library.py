@@ -133,7 +133,9 @@ def _linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, format: str, layout: Layout, out_dtype: torch.dtype | None
 ) -> Tensor:
     fmt, n, k = _asked(x, weight, bias, format, layout, out_dtype)
-    if _is_torchs(x, weight, bias, fmt, n, k, layout, out_dtype):
+    # Under torch.vmap over the weight too there are several weights: torch can batch them.
+    several = torch._C._functorch.is_batchedtensor(weight) and not format
+    if several or _is_torchs(x, weight, bias, fmt, n, k, layout, out_dtype, packable=bool(format)):
         return F.linear(x, weight if layout == "nk" else weight.t(), bias)
     return _OP.matmul(x, weight, None, None, bias, format, k, layout, out_dtype, None, None)  # type: ignore[no-any-return]
 
@@ -146,7 +148,7 @@ def _hint(size: int | torch.SymInt) -> int | None:
 
 def _is_torchs(
     x: Tensor, weight: Tensor, bias: Tensor | None, fmt: Format, n: int, k: int, layout: Layout,
-    out_dtype: torch.dtype | None,
+    out_dtype: torch.dtype | None, packable: bool,
 ) -> bool:  # fmt: skip
     """Whether torch's own product is what would be chosen for a dense weight: for x's M, or for any if M is dynamic.
 
@@ -161,7 +163,7 @@ def _is_torchs(
     for rows in (m,) if isinstance(m, int) else _ANY_M:
         problem = Problem(
             m=max(1, rows), n=like[0], k=like[1], x=DTYPE_NAMES[x.dtype], weight=fmt, layout=layout,
-            out=DTYPE_NAMES[out_dtype or x.dtype], bias=bias is not None, grad=grad,
+            out=DTYPE_NAMES[out_dtype or x.dtype], bias=bias is not None, grad=grad, packable=packable,
         )  # fmt: skip
         plan = scope().plans.get((problem, device))
         if plan is None:

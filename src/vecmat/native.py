@@ -10,7 +10,7 @@ import ctypes
 import functools
 import importlib.util
 import os
-from ctypes import c_char_p, c_int64, c_void_p
+from ctypes import c_char_p, c_int32, c_int64, c_void_p
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,15 @@ class Panels(ctypes.Structure):
     _fields_ = (
         ("data", c_void_p), ("scale", c_void_p), ("zero", c_void_p),
         ("n", c_int64), ("k", c_int64), ("group", c_int64), ("bits", c_int64),
+    )  # fmt: skip
+
+
+class DenseSpec(ctypes.Structure):
+    """``vecmat_dense_spec`` of csrc/vecmat.h: what the products of one Problem have in common."""
+
+    _fields_ = (
+        ("n", c_int64), ("k", c_int64),
+        ("x_type", c_int32), ("w_type", c_int32), ("y_type", c_int32), ("threads", c_int32),
     )  # fmt: skip
 
 
@@ -55,6 +64,9 @@ class Native:
         self.read, self.operations = self._lib.vecmat_read, self._lib.vecmat_operations  # benchmarks' measures
         self.read.restype, self.read.argtypes = c_int64, [c_void_p, c_int64, c_int64]
         self.operations.restype, self.operations.argtypes = c_int64, [c_int64, c_int64, c_int64]
+        self.dense = self._lib.vecmat_dense
+        self.dense.restype = c_int64
+        self.dense.argtypes = [c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_void_p, c_int64]
         while name := self._lib.vecmat_isa(len(self.isas)):
             self.isas.append(name.decode())
         wanted = os.environ.get(CAP) or self.isas[0]

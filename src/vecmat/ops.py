@@ -171,6 +171,7 @@ def bind_problem(
         bias=bias is not None,
         compute=compute or "",
         grad=wants_grad,
+        packable=isinstance(weight, Weight),
     )
     return problem, Device.of(x.device)
 

@@ -102,7 +102,8 @@ class Problem:
 
     x, out: "fp32", "bf16" or "fp16". layout: "nk" for a weight (n, k), "kn" for (k, n); a quantised weight is "nk".
     compute: "" keeps x as it is; "int8" or "fp8" quantises each row of x first (the caller's word, never a choice).
-    grad: whether the result must be differentiable in torch's autograd.
+    grad: whether the result must be differentiable in torch's autograd. packable: whether kernels may keep a packed
+    copy of the weight: not of a plain dense tensor. Neither is in the key.
     """
 
     m: int
@@ -115,6 +116,7 @@ class Problem:
     bias: bool = False
     compute: str = ""
     grad: bool = False
+    packable: bool = True
 
     def key(self) -> str:
         """One readable line that names the problem in a table; M is bucketed, N and K are exact."""

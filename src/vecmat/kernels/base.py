@@ -115,3 +115,14 @@ def cpu_gemm_flops(problem: Problem) -> float:
     """fp32 operations a CPU's GEMM is as long at: 2 to 11 rows cost it about as much as 12 (docs/measured.md)."""
     rows = problem.m if problem.m <= 1 or problem.m >= 12 else 12
     return 2.0 * rows * problem.n * problem.k if problem.m > 1 else 0.0
+
+
+def torch_fp32_us(problem: Problem, device: Device) -> float:
+    """About what ``F.linear`` takes on a CPU for an fp32 weight that comes from memory (docs/cpu.md).
+
+    One row goes at half the memory's speed; with more the weight is read at a third of it before the products start.
+    """
+    if problem.m == 1:
+        return time_us(problem.bytes_moved, 0.55 * device.read_gbs, fixed_us=3.0)
+    products = time_us(0, 1, problem.flops, 1.4 * device.tflops32)
+    return products + time_us(problem.bytes_moved, 0.3 * device.read_gbs, fixed_us=3.0)

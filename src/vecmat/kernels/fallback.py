@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from ..device import Device
 from ..problem import DTYPES, Problem
 from ..weights import Weight, dense_format, quantize_rows
-from .base import Config, Kernel, Run, cpu_gemm_flops, finish, flat, time_us
+from .base import Config, Kernel, Run, cpu_gemm_flops, finish, flat, time_us, torch_fp32_us
 
 # Widened weight per step: 1 Mi elements (4 MiB of fp32) stay in a CPU's cache between widening and product; 3.1 ms
 # for 4096x4096 int8 and one row of fp32 x, where F.linear on the fp32 weight takes 3.5 (docs/measured.md).
@@ -52,6 +52,8 @@ class Fallback(Kernel):
             passes = {True: 46.0, False: 29.0} if problem.weight.name == "int4" else {True: 18.0, False: 25.0}
             rate = device.tflops32 if config["widen"] else device.tflops16
             return time_us(passes[bool(config["widen"])] * elements, device.read_gbs, problem.flops, rate, 20.0)
+        if same and problem.x == "fp32":
+            return 12.0 + torch_fp32_us(problem, device)
         per_element = 0.0 if same else 0.52e-3 if problem.weight.name in ("int4", "fp8") else 0.32e-3
         widening = problem.n * problem.k * per_element * (2 if problem.layout == "kn" else 1) / device.units
         return widening + time_us(problem.bytes_moved, device.read_gbs, cpu_gemm_flops(problem), device.tflops32, 15.0)

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from ..device import Device
 from ..problem import Problem
-from .base import Config, Kernel, Run, cpu_gemm_flops, time_us
+from .base import Config, Kernel, Run, time_us, torch_fp32_us
 
 
 class TorchDense(Kernel):
@@ -32,13 +32,16 @@ class TorchDense(Kernel):
             padded = 2 * max(problem.m, 64) * problem.n * problem.k  # cuBLAS computes whole tiles of rows
             return time_us(problem.bytes_moved, 0.985 * device.read_gbs, padded, rate, 5.0)
         if problem.x == "fp32":
-            return time_us(problem.bytes_moved, device.read_gbs, cpu_gemm_flops(problem), device.tflops32, 3.0)
+            return torch_fp32_us(problem, device)
         native = problem.x == "bf16" and device.arch in ("avx512_bf16", "amx")
         if problem.layout == "kn" and not native:  # torch walks down the columns, one number at a time
             return time_us(problem.bytes_moved, device.read_gbs, problem.flops, 2e-4 * device.units, 5.0)
+        if native:
+            done = 2.0 * (problem.m - 1) * problem.n * problem.k / (1.3 * device.tflops16) * 1e-6
+            return done + time_us(problem.bytes_moved, 0.6 * device.read_gbs, fixed_us=5.0)
         flops = problem.flops if problem.m > 1 else 0.0
         rate = device.tflops16 if problem.x == "bf16" else min(device.tflops16, 0.018 * device.units)
-        return time_us(problem.bytes_moved, device.read_gbs, flops, rate, 5.0)
+        return time_us(problem.bytes_moved, 0.6 * device.read_gbs, flops, rate, 5.0)
 
     def reduction(self, problem: Problem, config: Config) -> str:
         return f"torch, whatever it takes for m={problem.m}, {problem.x}"

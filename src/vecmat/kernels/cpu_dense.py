@@ -1,0 +1,84 @@
+"""Dense weights on a CPU, read where they are: vecmat's own kernel (csrc/dense.h)."""
+
+from __future__ import annotations
+
+from ctypes import addressof
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..device import Device
+from ..native import DenseSpec, native
+from ..problem import DTYPES, Problem
+from .base import Config, Kernel, Run, time_us
+
+_TYPES = {"fp32": 0, "bf16": 1, "fp16": 2}
+# 1e12 operations a second and thread, in fp32: 0.095 with AVX-512 (docs/cpu.md), the others by their registers' width.
+_RATES = {"portable": 0.012, "avx2": 0.07}
+
+
+class CpuDense(Kernel):
+    """Dense fp32, bf16 or fp16 weight (N, K), x of any of the three; nothing is packed.
+
+    Each number is a dot product along two rows: a register's lanes take the k in turn, each sums its own in fp32 in
+    the order of k, and the lanes are added up at the end; the order is the same for every M and every number of
+    threads. bf16 by bf16 uses the instruction for pairs where there is one (it takes subnormal numbers for zeros, as
+    torch's own product does there); everything else is widened to fp32, exactly.
+    """
+
+    def rejects(self, problem: Problem, device: Device) -> str | None:
+        if device.kind != "cpu":
+            return "this kernel is for CPUs"
+        if not problem.weight.dense:
+            return f"the weight is {problem.weight}; this kernel multiplies dense weights"
+        if problem.layout != "nk":
+            return "the weight is (K, N); this kernel reads (N, K) row by row"
+        if problem.grad:
+            return "a gradient is asked for; this kernel has none"
+        if not device.native:
+            return native().reason
+        return None
+
+    def estimate_us(self, problem: Problem, device: Device, config: Config) -> float:
+        rate = 0.19 if _pairs(problem, device.native) else _RATES.get(device.native, 0.095)
+        moved = time_us(problem.bytes_moved, device.read_gbs, fixed_us=6.0)
+        later = 2.0 * (problem.m - 1) * problem.n * problem.k  # the first row is multiplied while the weight arrives
+        return moved + later / (rate * device.units) * 1e-6
+
+    def reduction(self, problem: Problem, config: Config) -> str:
+        isa = native().isa
+        return f"k in turn to the lanes of {isa}, {'pairs of bf16' if _pairs(problem, isa) else 'fp32'}"
+
+    def bind(self, problem: Problem, device: Device, config: Config) -> Run:
+        multiply, empty = native().dense, torch.empty
+        n, k, out = problem.n, problem.k, DTYPES[problem.out]
+        types = _TYPES[problem.x], _TYPES[problem.weight.name], _TYPES[problem.out]
+        spec = DenseSpec(n, k, *types, device.units)
+        address = addressof(spec)
+
+        def run(x: Tensor, weight: Tensor, bias: Tensor | None, spec: DenseSpec = spec) -> Tensor:
+            rows = x if x.dim() == 2 else x.reshape(-1, k)
+            if rows.stride(1) != 1:
+                rows = rows.contiguous()
+            if weight.stride(1) != 1:
+                weight = weight.contiguous()
+            start = None if bias is None else (bias if bias.stride(0) == 1 else bias.contiguous())
+            try:
+                places = rows.data_ptr(), weight.data_ptr(), None if start is None else start.data_ptr()
+            except RuntimeError:  # torch.func's tensors have no memory of their own; torch can multiply them
+                return F.linear(x.to(out), weight.to(out), None if bias is None else bias.to(out))
+            y = empty((*x.shape[:-1], n), dtype=out)
+            done = multiply(
+                address, places[0], rows.stride(0), places[1], weight.stride(0), y.data_ptr(), places[2], rows.shape[0]
+            )
+            if not done:
+                raise MemoryError(f"matmul: no memory to work in for {problem}")
+            return y
+
+        return run
+
+
+def _pairs(problem: Problem, isa: str) -> bool:
+    """Whether bf16 is multiplied by pairs."""
+    return problem.x == problem.weight.name == "bf16" and isa == "avx512_bf16"

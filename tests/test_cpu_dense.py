@@ -1,0 +1,121 @@
+"""Dense weights on a CPU: the same bits in any company, packed copies that follow their weight and go with it."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+
+import pytest
+import torch
+
+import vecmat
+from cases import generator, guarded
+from oracle import Truth
+from vecmat.kernels import registry
+from vecmat.ops import bind_problem
+from vecmat.problem import DTYPES
+
+DENSE = registry()[0]["cpu_dense"]
+ONEDNN = registry()[0]["torch_onednn"]
+
+
+def draw(*shape: int, dtype: str) -> torch.Tensor:
+    return torch.randn(shape, generator=generator(shape, dtype)).to(DTYPES[dtype])
+
+
+def needs(kernel: str, x: torch.Tensor, weight: torch.Tensor | vecmat.Weight) -> None:
+    """Skip where the kernel cannot run."""
+    reason = registry()[0][kernel].rejects(*bind_problem(x, weight))
+    if reason:
+        pytest.skip(reason)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+@torch.inference_mode()
+def test_a_row_has_the_same_bits_whatever_m_and_however_many_threads(dtype: str) -> None:
+    n, k = 1003, 1337
+    x, w, bias = draw(200, k, dtype=dtype), draw(n, k, dtype=dtype), draw(n, dtype=dtype)
+    needs("cpu_dense", x, w)
+    before, first = torch.get_num_threads(), vecmat.matmul(x[:1], w, bias, kernel="cpu_dense")
+    try:
+        for threads in (1, 2, 3, 5):
+            torch.set_num_threads(threads)
+            for m in (1, 2, 3, 4, 5, 6, 7, 12, 13, 31, 64, 200):
+                y = vecmat.matmul(x[:m], w, bias, kernel="cpu_dense")
+                assert torch.equal(y[:1], first), f"m={m}, {threads} threads"
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+@torch.inference_mode()
+def test_small_sizes_and_every_tail_of_k_and_n_are_right(dtype: str) -> None:
+    sizes = (1, 2, 15, 16, 17, 31, 33, 63, 65)
+    needs("cpu_dense", draw(1, 4, dtype=dtype), draw(4, 4, dtype=dtype))
+    wrong = []
+    for n in sizes:
+        for k in sizes:
+            x, w, bias = draw(19, k, dtype=dtype), guarded(draw(n, k, dtype=dtype), 1), draw(n, dtype=dtype)
+            truth = Truth.of(x, w, bias)
+            for m in (1, 2, 4, 5, 19):
+                said = truth.verdict(vecmat.matmul(guarded(x[:m], 3), w, bias, kernel="cpu_dense"), slice(0, m))
+                wrong += [f"m={m} n={n} k={k}: {said}"] if said else []
+    assert not wrong, wrong[:5]
+
+
+@torch.inference_mode()
+def test_a_weight_is_read_by_its_row_stride() -> None:
+    wide = draw(64, 300, dtype="fp32")
+    w, x = wide[:, 20:220], draw(3, 200, dtype="fp32")
+    needs("cpu_dense", x, w)
+    assert Truth.of(x, w).verdict(vecmat.matmul(x, w, kernel="cpu_dense")) is None
+
+
+@torch.inference_mode()
+def test_x_and_weight_of_different_dtypes_are_widened_not_rounded() -> None:
+    x, w = draw(5, 96, dtype="fp32"), vecmat.Weight("bf16", draw(40, 96, dtype="bf16"))
+    needs("cpu_dense", x, w)
+    y = vecmat.matmul(x, w, kernel="cpu_dense")
+    assert Truth.of(x, w).verdict(y) is None
+    assert torch.allclose(y.double(), x.double() @ w.data.double().t(), rtol=1e-5, atol=1e-5)
+
+
+@torch.inference_mode()
+def test_a_plain_tensor_is_never_packed() -> None:
+    x, w = draw(128, 256, dtype="bf16"), draw(512, 256, dtype="bf16")
+    needs("torch_onednn", x, vecmat.Weight("bf16", w))
+    answers = {c.kernel: c.reason for c in vecmat.explain(x, w).candidates}
+    assert "plain tensor" in (answers["torch_onednn"] or "")
+    with pytest.raises(ValueError, match="plain tensor"):
+        vecmat.matmul(x, w, kernel="torch_onednn")
+
+
+def test_a_packed_dense_weight_follows_what_is_written_to_it() -> None:
+    x, data = draw(4, 64, dtype="bf16"), draw(32, 64, dtype="bf16")
+    weight = vecmat.Weight("bf16", data)
+    needs("torch_onednn", x, weight)
+    with torch.no_grad():
+        first = vecmat.matmul(x, weight, kernel="torch_onednn")
+        data.mul_(2)
+        assert torch.equal(vecmat.matmul(x, weight, kernel="torch_onednn"), 2 * first)
+
+
+def test_a_packed_copy_goes_with_its_layer_and_the_state_stays_plain() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(64, 96), torch.nn.Linear(96, 32)).bfloat16()
+    before = copy.deepcopy(model.state_dict())
+    x = draw(7, 64, dtype="bf16")
+    needs("torch_onednn", x, vecmat.Weight("bf16", model[0].weight.detach()))
+    vecmat.convert(model, "bf16")
+    with torch.inference_mode(), vecmat.settings():
+        weight = model[0].stored()
+        pack = weakref.ref(ONEDNN.operand(weight).tensor)
+        assert ONEDNN.operand(weight).tensor is pack(), "packed twice"
+        model(x)
+    state = model.state_dict()
+    assert state.keys() == before.keys()
+    assert all(torch.equal(state[name], before[name]) for name in before)
+    del weight, state
+    model[0] = vecmat.Linear.from_weight(vecmat.quantize(model[0].weight, "int8"), model[0].bias)
+    gc.collect()
+    assert pack() is None, "the packed copy outlives its layer"
