@@ -3,30 +3,33 @@
 A Llama of the given shapes with random weights, made on the device, in bf16. Each kind of weights is decoded greedily
 through ``transformers`` with a static cache, the whole step compiled by ``torch.compile(mode="reduce-overhead",
 fullgraph=True)``: a prompt, then 60 steps, in rounds; the median round counts. Kinds: bf16, int8, int4, fp8 and the
-like are ``vecmat.convert`` of every linear layer, the head included; "torch" is the model as it is, "torch-eager"
-the same without compiling, "torchao-int8" its weight-only quantisation. Where a step's time goes is read from torch's
+like are ``vecmat.convert`` of every linear layer, the head included; "torch" is the model as it is, also without
+compiling; "torchao-int8" its weight-only quantisation. Where a step's time goes is read from torch's
 profiler: the union of the kernels' times by kind, and the gaps between kernels.
 
-Before a kind is timed its first logits are compared with those of the same model in eager mode.
+Each kind has a process of its own; they build and compile at the same time, and are timed one after the other once all
+are ready. Before that the first step's logits are compared with those of the same weights in fp32. Tune first what the
+tables may lack: ``vecmat tune --shapes 4096,6144 4096,28672 --m 1,16 --weights bf16,int8,int4`` are the fused shapes.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import csv
 import dataclasses
 import datetime
 import gc
 import inspect
 import statistics
+import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch._dynamo
-import torch._inductor.config
+from filelock import FileLock
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
@@ -42,6 +45,9 @@ SHAPES = {
                  num_key_value_heads=2, vocab_size=512),
 }  # fmt: skip
 CACHE, PROMPT, STEPS, ROUNDS = 256, 64, 60, 5
+READY = "ready"
+HEAD = """                                          us of a step in                  far from fp32
+weights       batch  tokens/s  ms/step |  linear attention    rest    gaps | kernels compiled  eager    GB  ready"""
 # Words in the names of kernels, ours and torch's.
 KINDS = {
     "linear": ("_decode", "_rows", "_warpgroups", "_tiles", "gemm", "gemv", "nvjet", "cutlass", "cublas", "splitk"),
@@ -71,10 +77,10 @@ def build(shapes: str, device: torch.device) -> Any:
 
 
 class Decoder:
-    """A model with its cache. step(token (B, 1)) is one forward and the next token, compiled if asked for."""
+    """A model with its cache. One step is a forward of a token (B, 1), compiled if asked for, and the next token."""
 
     def __init__(self, model: Any, batch: int, compiled: bool) -> None:
-        self.model, self.device = model, model.device
+        self.model, self.device, self.compiled = model, model.device, compiled
         self.cache = StaticCache(config=model.config, max_cache_len=CACHE)
         names = inspect.signature(type(model).forward).parameters
         self.kwargs = {"cache" if "cache" in names else "past_key_values": self.cache, "use_cache": True}
@@ -86,11 +92,11 @@ class Decoder:
         return self.model(input_ids=token, position_ids=position, **self.kwargs).logits[:, -1]
 
     def fill(self) -> tuple[Tensor, Tensor]:
-        """The cache holds the prompt anew: the token after it, and its position."""
+        """The cache holds the prompt anew, computed in eager mode: a token after it, and its position."""
         self.cache.reset()
         position = torch.arange(PROMPT, device=self.device)[None].expand(self.prompt.shape[0], -1)
-        token = self.logits(self.prompt, position).argmax(-1, keepdim=True)
-        return token, position[:, -1:] + 1
+        self.logits(self.prompt, position)
+        return self.prompt[:, :1].clone(), position[:, -1:] + 1
 
     def steps(self, count: int, token: Tensor, position: Tensor) -> Tensor:
         for _ in range(count):
@@ -98,12 +104,6 @@ class Decoder:
             token = self.run(token, position).argmax(-1, keepdim=True)
             position = position + 1
         return token
-
-    def disagreement(self) -> float:
-        """How far the first step's logits are from an eager call's, relative to their norm."""
-        expected = self.logits(*self.fill()).float()
-        got = self.run(*self.fill()).float()
-        return float((got - expected).norm() / expected.norm())
 
     def seconds(self) -> list[float]:
         """Of each round of STEPS."""
@@ -173,80 +173,117 @@ def prepared(kind: str, shapes: str, device: torch.device, fuse: bool) -> Any:
     return model
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shapes", choices=SHAPES, default="llama-3-8b")
-    parser.add_argument("--weights", default="torch-eager,torch,bf16,int8,int4")
-    parser.add_argument("--batch", default="1")
-    parser.add_argument("--fuse", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--tune", type=float, default=0.0, help="seconds to tune what the tables lack, for each row")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/models.csv"))
-    parser.add_argument("--budget", type=float, default=0.0, help="seconds after which no row is begun")
-    args = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-    print(f"{args.shapes} on {name}, torch {torch.__version__}, fuse={args.fuse}; prompt {PROMPT}, cache {CACHE}")
-    print(f"{'us of a step in':>57}")
-    print(
-        "weights       batch  tokens/s  ms/step |  linear attention    rest    gaps | kernels  differs    GB  ready s"
-    )
-    begun = time.perf_counter()
-    for kind in args.weights.split(","):
-        model = None
-        for batch in map(int, args.batch.split(",")):
-            if args.budget and time.perf_counter() - begun > args.budget:
-                print(f"{kind:<13} {batch:5}  not begun: out of time")
-                continue
-            if model is None:
-                model = prepared(kind, args.shapes, device, args.fuse)
-            row = measure(model, kind, batch, args, name)
-            with args.out.open("a", newline="", encoding="utf-8") as file:
-                writer = csv.DictWriter(file, row)
-                if file.tell() == 0:
-                    writer.writeheader()
-                writer.writerow(row)
-        del model
-        gc.collect()
-        torch._dynamo.reset()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+def checked(decoder: Decoder, wide: Tensor | None) -> tuple[float, float]:
+    """How far the first step's logits are from fp32's, relative to their norm: compiled, and in eager mode.
+
+    Both compute in bf16, with the same weights, and round at other places; compiling may cost half as much again.
+    """
+    eager = decoder.logits(*decoder.fill()).float()
+    compiled = decoder.run(*decoder.fill()).float()
+    if wide is None:  # torchao's weights have no fp32 twin here
+        return float((compiled - eager).norm() / eager.norm()), 0.0
+    far = [float((got - wide).norm() / wide.norm()) for got in (compiled, eager)]
+    if not far[0] <= 1.5 * far[1] + 0.01:
+        sys.exit(f"compiled logits are {far[0]:.4f} of their norm from fp32's, eager ones {far[1]:.4f}")
+    return far[0], far[1]
 
 
 @torch.no_grad()
-def measure(model: Any, kind: str, batch: int, args: argparse.Namespace, device_name: str) -> dict[str, Any]:
-    """One row of the table, printed."""
-    begun = time.perf_counter()
-    decoder = Decoder(model, batch, compiled=kind != "torch-eager")
-    if args.tune and not kind.startswith("torch"):
-        start = decoder.fill()
-        with vecmat.tuning(budget_s=args.tune):
-            decoder.logits(*start)
-    differs = decoder.disagreement()
-    if not differs < 0.05:
-        sys.exit(f"{kind}, batch {batch}: compiled and eager logits differ by {differs:.3f} of their norm")
-    decoder.steps(4, *decoder.fill())
-    ready = time.perf_counter() - begun
+def run(args: argparse.Namespace, device: torch.device, device_name: str) -> None:
+    """One kind of weights: everything compiled and warm, then timed when it is this process's turn."""
+    kind, begun = args.weights, time.perf_counter()
+    model = prepared(kind, args.shapes, device, args.fuse)
+    batches = [int(batch) for batch in args.batch.split(",")]
+    wides: list[Tensor | None] = [None] * len(batches)
+    if not kind.startswith("torchao"):
+        with FileLock(args.out.with_suffix(".lock")):  # one fp32 model at a time
+            wide = copy.deepcopy(model).float()
+            wides = [(each := Decoder(wide, batch, compiled=False)).logits(*each.fill()) for batch in batches]
+            del wide, each
+            gc.collect()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+    decoders = [Decoder(model, batch, compiled=True) for batch in batches]
+    if kind == "torch":
+        decoders += [Decoder(model, batch, compiled=False) for batch in batches]
+        wides *= 2
+    fars = [checked(decoder, wide) for decoder, wide in zip(decoders, wides, strict=True)]
+    for decoder in decoders:
+        decoder.steps(4, *decoder.fill())
+    ready_s = time.perf_counter() - begun
+    print(READY, flush=True)
+    sys.stdin.readline()
+    for decoder, far in zip(decoders, fars, strict=True):
+        kind = args.weights if decoder.compiled else f"{args.weights}-eager"
+        row = {"date": datetime.date.today().isoformat(), "device": device_name, "vecmat": vecmat.__version__,
+               "torch": torch.__version__, "shapes": args.shapes, "weights": kind, "fused": args.fuse}  # fmt: skip
+        row |= measure(
+            decoder, far, args.out.parent / f"profile-{kind.replace(':', '_')}-{decoder.prompt.shape[0]}.txt"
+        )
+        with args.out.open("a", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, row)
+            if file.tell() == 0:
+                writer.writeheader()
+            writer.writerow(row)
+        print(
+            f"{kind:<13} {row['batch']:5} {row['tokens_per_s']:9} {row['step_ms']:8.3f} | {row['linear_us']:7} "
+            f"{row['attention_us']:9} {row['rest_us']:7} {row['gaps_us']:7} | {row['kernels']:7} {far[0]:8.4f} "
+            f"{far[1]:6.4f} {row['memory_gb']:5} {ready_s:6.1f}",
+            flush=True,
+        )
+
+
+def measure(decoder: Decoder, far: tuple[float, float], log: Path) -> dict[str, Any]:
+    """What is measured of a decoder that is warm. log: where its kernels are listed."""
     times = decoder.seconds()
-    step_s = statistics.median(times) / STEPS
-    log = args.out.parent / f"profile-{kind.replace(':', '_')}-{batch}.txt"
+    step_s, batch = statistics.median(times) / STEPS, decoder.prompt.shape[0]
     step = Step(linear=0, attention=0, rest=0, gaps=0, kernels=0)
     if decoder.device.type == "cuda":
         step = decoder.profile(log)
-    memory = torch.cuda.memory_allocated() / 1e9 if decoder.device.type == "cuda" else 0.0
-    print(
-        f"{kind:<13} {batch:5} {batch / step_s:9.1f} {step_s * 1e3:8.3f} | {step.linear:7.0f} {step.attention:9.0f} "
-        f"{step.rest:7.0f} {step.gaps:7.0f} | {step.kernels:7} {differs:8.4f} {memory:5.1f} {ready:6.1f}",
-        flush=True,
-    )
+    memory = sum(t.nbytes for t in (*decoder.model.parameters(), *decoder.model.buffers()))
     return {
-        "date": datetime.date.today().isoformat(), "device": device_name, "vecmat": vecmat.__version__,
-        "torch": torch.__version__, "shapes": args.shapes, "weights": kind, "fused": args.fuse, "batch": batch,
-        "tokens_per_s": round(batch / step_s, 1), "step_ms": round(step_s * 1e3, 4),
+        "batch": batch, "tokens_per_s": round(batch / step_s, 1), "step_ms": round(step_s * 1e3, 4),
         "fastest_ms": round(min(times) / STEPS * 1e3, 4), "slowest_ms": round(max(times) / STEPS * 1e3, 4),
         "linear_us": round(step.linear), "attention_us": round(step.attention), "rest_us": round(step.rest),
-        "gaps_us": round(step.gaps), "kernels": step.kernels, "logits_differ": round(differs, 5),
-        "memory_gb": round(memory, 2),
+        "gaps_us": round(step.gaps), "kernels": step.kernels, "far": round(far[0], 5), "eager_far": round(far[1], 5),
+        "memory_gb": round(memory / 1e9, 2),
     }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shapes", choices=SHAPES, default="llama-3-8b")
+    parser.add_argument("--weights", default="torch,bf16,int8,int4")
+    parser.add_argument("--batch", default="1")
+    parser.add_argument("--fuse", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/models.csv"))
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+    if args.child:
+        run(args, device, name)
+        return
+    print(f"{args.shapes} on {name}, torch {torch.__version__}, fuse={args.fuse}; prompt {PROMPT}, cache {CACHE}")
+    print(HEAD)
+    options = ["--child", "--shapes", args.shapes, "--batch", args.batch, "--out", str(args.out)]
+    options += ["--fuse" if args.fuse else "--no-fuse"]
+    children = [
+        subprocess.Popen([sys.executable, __file__, *options, "--weights", kind], text=True, bufsize=1,
+                         stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        for kind in args.weights.split(",")
+    ]  # fmt: skip
+    for child in children:  # nothing is timed while another compiles
+        while (line := child.stdout.readline()) not in ("", f"{READY}\n"):
+            print(line, end="", flush=True)
+    for child in children:
+        if child.poll() is None:
+            child.stdin.write("\n")
+            child.stdin.close()
+            for line in child.stdout:
+                print(line, end="", flush=True)
+        child.wait()
+    sys.exit(max(child.returncode for child in children))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-from .linear import ORDER, PARTS, Linear, Product
+from .linear import ORDER, PARTS, Linear, Product, layout_of
 from .ops import matmul_stored, trace
 from .packs import forget_packs, is_captured
 from .problem import Format, Layout
@@ -179,7 +179,8 @@ class Part(Linear):
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        for name in (*PARTS.values(), ORDER, "bias"):
+        parameters = ("weight", "bias") if self.format.dense else ("bias",)  # torch's order: parameters, then buffers
+        for name in dict.fromkeys((*parameters, *PARTS.values(), ORDER)):
             tensor = getattr(self, name)
             if tensor is not None:
                 destination[prefix + name] = tensor if keep_vars else tensor.detach()
@@ -252,7 +253,8 @@ def fuse(model: nn.Module) -> Fusions:
             told = Siblings(groups=(), apart=dict.fromkeys(layers, "the forward of its module was replaced"))
         else:
             if (type(parent), names) not in known:
-                known[type(parent), names] = siblings(type(parent), set(names))
+                linear = {name for name, child in parent.named_children() if layout_of(child) is not None}
+                known[type(parent), names] = siblings(type(parent), set(names), linear)
             told = known[type(parent), names]
         prefix = f"{path}." if path else ""
         apart |= {prefix + name: why for name, why in told.apart.items()}

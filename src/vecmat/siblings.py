@@ -2,7 +2,7 @@
 
 Nothing is run. What is proved is simple: within one block of statements, calls ``self.a(x)``, ``self.b(x)`` of the
 same local name, each the only call of that child, none of them under a condition or in a loop of its own, and between
-the first and the last nothing but the calls themselves uses x (its ``shape``, ``dtype`` and ``device`` may be read).
+the first and the last nothing but calls of linear layers uses x (its ``shape``, ``dtype`` and ``device`` may be read).
 """
 
 from __future__ import annotations
@@ -43,8 +43,11 @@ class _Call:
     sure: bool
 
 
-def siblings(cls: type, children: set[str]) -> Siblings:
-    """The Siblings among the named children of a module class, by its ``forward``."""
+def siblings(cls: type, children: set[str], harmless: set[str] | None = None) -> Siblings:
+    """The Siblings among the named children of a module class, by its ``forward``.
+
+    harmless: other children that do nothing to what they are given.
+    """
     try:
         text = textwrap.dedent(inspect.getsource(inspect.unwrap(cls.forward)))  # type: ignore[attr-defined]
         parsed = ast.parse(text).body[0]
@@ -76,7 +79,7 @@ def siblings(cls: type, children: set[str]) -> Siblings:
     for (block, argument), together in groups.items():
         names = tuple(call.child for call in together)
         why = f"nothing else is given the same {argument}" if len(names) < 2 else None
-        why = why or _used(blocks[block], argument, together, me)
+        why = why or _used(blocks[block], argument, together, me, children | (harmless or set()))
         if why is None:
             found.append(names)
         else:
@@ -130,17 +133,16 @@ def _child(node: ast.AST, me: str) -> str | None:
     return None
 
 
-def _used(body: list[ast.stmt], argument: str | None, together: list[_Call], me: str) -> str | None:
+def _used(body: list[ast.stmt], argument: str | None, together: list[_Call], me: str, harmless: set[str]) -> str | None:
     """What else happens to the argument from the first call to the last; None for nothing."""
-    names = {call.child for call in together}
     first, last = together[0].place[0], together[-1].place[0]
     for index in range(first, last + 1):
         statement = body[index]
         allowed = set()
         for node in ast.walk(statement):
-            if _child(node, me) in names:
+            if _child(node, me) in harmless:
                 assert isinstance(node, ast.Call)
-                allowed.add(id(node.args[0]))
+                allowed |= {id(given) for given in node.args}
             elif isinstance(node, ast.Attribute) and node.attr in _READ_ONLY:
                 allowed.add(id(node.value))
         if index == last and isinstance(statement, ast.Assign):  # a name is bound after the right side is computed
