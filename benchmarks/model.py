@@ -2,14 +2,15 @@
 
 A Llama of the given shapes with random weights, made on the device, in bf16. Each kind of weights is decoded greedily
 through ``transformers`` with a static cache, the whole step compiled by ``torch.compile(mode="reduce-overhead",
-fullgraph=True)``: a prompt, then 60 steps, in rounds; the median round counts. Kinds: bf16, int8, int4, fp8 and the
-like are ``vecmat.convert`` of every linear layer, the head included; "torch" is the model as it is, also without
-compiling; "torchao-int8" its weight-only quantisation. Where a step's time goes is read from torch's
-profiler: the union of the kernels' times by kind, and the gaps between kernels.
+fullgraph=True)``: rounds of 60 steps from an almost empty cache, all of which attention reads all the same; the median
+round counts. Kinds: bf16, int8, int4, fp8 and the like are ``vecmat.convert`` of every linear layer, the head included;
+"torch" is the model as it is, also without compiling; "torchao-int8" its weight-only quantisation.
 
 Each kind has a process of its own; they build and compile at the same time, and are timed one after the other once all
-are ready. Before that the first step's logits are compared with those of the same weights in fp32. Tune first what the
-tables may lack: ``vecmat tune --shapes 4096,6144 4096,28672 --m 1,16 --weights bf16,int8,int4`` are the fused shapes.
+are ready. Then torch's profiler says where a step's time goes: in kernels of a kind (of two at once the first
+counts), and in gaps between them. The first compiled logits are compared with eager ones; with --check both with those of the
+same weights in fp32. Tune first what the tables may lack; llama-3-8b's fused shapes: ``vecmat tune --shapes 4096,6144
+4096,28672 --m 1,16 --weights bf16,int8,int4:g128``.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from filelock import FileLock
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
@@ -44,10 +46,8 @@ SHAPES = {
     "tiny": dict(hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
                  num_key_value_heads=2, vocab_size=512),
 }  # fmt: skip
-CACHE, PROMPT, STEPS, ROUNDS = 256, 64, 60, 5
-READY = "ready"
-HEAD = """                                          us of a step in                  far from fp32
-weights       batch  tokens/s  ms/step |  linear attention    rest    gaps | kernels compiled  eager    GB  ready"""
+CACHE, STEPS, ROUNDS, PROFILED = 256, 60, 5, 5
+READY, DONE = "ready", "done"  # a child's words to the parent; any line is the parent's word to go on
 # Words in the names of kernels, ours and torch's.
 KINDS = {
     "linear": ("_decode", "_rows", "_warpgroups", "_tiles", "gemm", "gemv", "nvjet", "cutlass", "cublas", "splitk"),
@@ -80,23 +80,23 @@ class Decoder:
     """A model with its cache. One step is a forward of a token (B, 1), compiled if asked for, and the next token."""
 
     def __init__(self, model: Any, batch: int, compiled: bool) -> None:
-        self.model, self.device, self.compiled = model, model.device, compiled
+        self.model, self.device, self.batch, self.compiled = model, model.device, batch, compiled
         self.cache = StaticCache(config=model.config, max_cache_len=CACHE)
         names = inspect.signature(type(model).forward).parameters
         self.kwargs = {"cache" if "cache" in names else "past_key_values": self.cache, "use_cache": True}
-        self.prompt = torch.arange(batch * PROMPT, device=self.device).view(batch, PROMPT) % model.config.vocab_size
         mode: Any = {"mode": "reduce-overhead"} if self.device.type == "cuda" else {}
         self.run = torch.compile(self.logits, fullgraph=True, dynamic=False, **mode) if compiled else self.logits
 
     def logits(self, token: Tensor, position: Tensor) -> Tensor:
         return self.model(input_ids=token, position_ids=position, **self.kwargs).logits[:, -1]
 
-    def fill(self) -> tuple[Tensor, Tensor]:
-        """The cache holds the prompt anew, computed in eager mode: a token after it, and its position."""
+    def start(self) -> tuple[Tensor, Tensor]:
+        """The cache holds one token, computed in eager mode: another to go on with, and its position."""
         self.cache.reset()
-        position = torch.arange(PROMPT, device=self.device)[None].expand(self.prompt.shape[0], -1)
-        self.logits(self.prompt, position)
-        return self.prompt[:, :1].clone(), position[:, -1:] + 1
+        token = torch.arange(self.batch, device=self.device)[:, None]
+        position = torch.zeros_like(token)
+        self.logits(token, position)
+        return token + 1, position + 1
 
     def steps(self, count: int, token: Tensor, position: Tensor) -> Tensor:
         for _ in range(count):
@@ -105,11 +105,16 @@ class Decoder:
             position = position + 1
         return token
 
+    def differ(self) -> float:
+        """How far the first step's logits are from eager ones, relative to their norm."""
+        eager = self.logits(*self.start()).float()
+        return float((self.run(*self.start()).float() - eager).norm() / eager.norm())
+
     def seconds(self) -> list[float]:
         """Of each round of STEPS."""
         times = []
         for _ in range(ROUNDS):
-            start = self.fill()
+            start = self.start()
             synchronize(self.device)
             begun = time.perf_counter()
             self.steps(STEPS, *start)
@@ -117,9 +122,9 @@ class Decoder:
             times.append(time.perf_counter() - begun)
         return times
 
-    def profile(self, log: Path | None) -> Step:
-        """Where the time of ten steps goes, a step."""
-        count, start = 10, self.fill()
+    def profile(self, log: Path) -> Step:
+        """Where the time of some steps goes, a step. log: a file for the list of kernels."""
+        count, start = PROFILED, self.start()
         self.steps(2, *start)
         with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as prof:
             self.steps(count, *start)
@@ -129,13 +134,12 @@ class Decoder:
             for event in prof.events()
             if event.device_type == torch.autograd.DeviceType.CUDA and "Memset" not in event.name
         ]
-        if log is not None:
-            names: dict[str, list[float]] = {}
-            for begin, end, name in spans:
-                names.setdefault(name, []).append(end - begin)
-            told = sorted(names.items(), key=lambda item: -sum(item[1]))
-            lines = [f"{sum(t) / count:10.1f} us/step {len(t) / count:7.1f} x  {n[:150]}" for n, t in told[:40]]
-            log.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        names: dict[str, list[float]] = {}
+        for begin, end, name in spans:
+            names.setdefault(name, []).append(end - begin)
+        told = sorted(names.items(), key=lambda item: -sum(item[1]))
+        lines = [f"{sum(t) / count:10.1f} us/step {len(t) / count:7.1f} x  {n[:150]}" for n, t in told[:40]]
+        log.write_text("\n".join(lines) + "\n", encoding="utf-8")
         return dissect(spans, count)
 
 
@@ -173,80 +177,85 @@ def prepared(kind: str, shapes: str, device: torch.device, fuse: bool) -> Any:
     return model
 
 
-def checked(decoder: Decoder, wide: Tensor | None) -> tuple[float, float]:
-    """How far the first step's logits are from fp32's, relative to their norm: compiled, and in eager mode.
+def check(model: Any, decoder: Decoder, folder: Path) -> None:
+    """Compare a first step's logits with those of the same weights in fp32; end where compiling made them worse.
 
-    Both compute in bf16, with the same weights, and round at other places; compiling may cost half as much again.
+    bf16 rounds at other places in compiled code; that may cost half as much again as in eager mode.
     """
-    eager = decoder.logits(*decoder.fill()).float()
-    compiled = decoder.run(*decoder.fill()).float()
-    if wide is None:  # torchao's weights have no fp32 twin here
-        return float((compiled - eager).norm() / eager.norm()), 0.0
-    far = [float((got - wide).norm() / wide.norm()) for got in (compiled, eager)]
-    if not far[0] <= 1.5 * far[1] + 0.01:
-        sys.exit(f"compiled logits are {far[0]:.4f} of their norm from fp32's, eager ones {far[1]:.4f}")
-    return far[0], far[1]
+    with FileLock(folder / "check.lock"):  # one fp32 model at a time
+        wide = Decoder(copy.deepcopy(model).float(), decoder.batch, compiled=False)
+        truth = wide.logits(*wide.start())
+        del wide
+        gc.collect()
+        if decoder.device.type == "cuda":
+            torch.cuda.empty_cache()
+    eager, compiled = (
+        float((run(*decoder.start()).float() - truth).norm() / truth.norm()) for run in (decoder.logits, decoder.run)
+    )
+    print(f"batch {decoder.batch}: of the norm from fp32's logits: compiled {compiled:.4f}, eager {eager:.4f}")
+    if not compiled <= 1.5 * eager + 0.01:
+        sys.exit("compiling made them worse")
+
+
+def turn() -> None:
+    """Wait until it is this process's turn."""
+    print(READY, flush=True)
+    sys.stdin.readline()
 
 
 @torch.no_grad()
-def run(args: argparse.Namespace, device: torch.device, device_name: str) -> None:
-    """One kind of weights: everything compiled and warm, then timed when it is this process's turn."""
-    kind, begun = args.weights, time.perf_counter()
-    model = prepared(kind, args.shapes, device, args.fuse)
-    batches = [int(batch) for batch in args.batch.split(",")]
-    wides: list[Tensor | None] = [None] * len(batches)
-    if not kind.startswith("torchao"):
-        with FileLock(args.out.with_suffix(".lock")):  # one fp32 model at a time
-            wide = copy.deepcopy(model).float()
-            wides = [(each := Decoder(wide, batch, compiled=False)).logits(*each.fill()) for batch in batches]
-            del wide, each
-            gc.collect()
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
-    decoders = [Decoder(model, batch, compiled=True) for batch in batches]
-    if kind == "torch":
-        decoders += [Decoder(model, batch, compiled=False) for batch in batches]
-        wides *= 2
-    fars = [checked(decoder, wide) for decoder, wide in zip(decoders, wides, strict=True)]
-    for decoder in decoders:
-        decoder.steps(4, *decoder.fill())
-    ready_s = time.perf_counter() - begun
-    print(READY, flush=True)
-    sys.stdin.readline()
-    for decoder, far in zip(decoders, fars, strict=True):
-        kind = args.weights if decoder.compiled else f"{args.weights}-eager"
-        row = {"date": datetime.date.today().isoformat(), "device": device_name, "vecmat": vecmat.__version__,
-               "torch": torch.__version__, "shapes": args.shapes, "weights": kind, "fused": args.fuse}  # fmt: skip
-        row |= measure(
-            decoder, far, args.out.parent / f"profile-{kind.replace(':', '_')}-{decoder.prompt.shape[0]}.txt"
-        )
+def run(args: argparse.Namespace, device: torch.device) -> None:
+    """One kind of weights, the child's part: per batch size compiled and warm, then timed in turn; profiled at last."""
+    begun = time.perf_counter()
+    model = prepared(args.weights, args.shapes, device, args.fuse)
+    rows: list[tuple[Decoder, dict[str, Any]]] = []
+    for batch in map(int, args.batch.split(",")):
+        decoders = [Decoder(model, batch, compiled=True)]
+        decoders += [Decoder(model, batch, compiled=False)] if args.weights == "torch" and args.eager else []
+        differs = [decoder.differ() for decoder in decoders]
+        if args.check:
+            check(model, decoders[0], args.out.parent)
+        for decoder in decoders:
+            decoder.steps(4, *decoder.start())
+        ready = time.perf_counter() - begun
+        turn()
+        for decoder, far in zip(decoders, differs, strict=True):
+            row = measure(args, decoder, far)
+            rows.append((decoder, row))
+            told = [f"{row[name]:8.3f}" for name in ("step_ms", "fastest_ms", "slowest_ms")]
+            print(f"{row['weights']:<13} {batch:5} {row['tokens_per_s']:9}", *told, f"{far:8.4f} {row['memory_gb']:6}",
+                  f"{ready:8.1f}")  # fmt: skip
+        print(DONE, flush=True)
+    turn()
+    for decoder, row in rows:
+        step = Step(linear=0, attention=0, rest=0, gaps=0, kernels=0)
+        if device.type == "cuda":
+            step = decoder.profile(args.out.parent / f"profile-{row['weights'].replace(':', '_')}-{decoder.batch}.txt")
+        found = {f"{name}_us": round(getattr(step, name)) for name in ("linear", "attention", "rest", "gaps")}
+        print(f"{row['weights']:<13} {decoder.batch:5}", *(f"{us:9}" for us in found.values()), f"{step.kernels:9}")
         with args.out.open("a", newline="", encoding="utf-8") as file:
+            row |= found | {"kernels": step.kernels}
             writer = csv.DictWriter(file, row)
             if file.tell() == 0:
                 writer.writeheader()
             writer.writerow(row)
-        print(
-            f"{kind:<13} {row['batch']:5} {row['tokens_per_s']:9} {row['step_ms']:8.3f} | {row['linear_us']:7} "
-            f"{row['attention_us']:9} {row['rest_us']:7} {row['gaps_us']:7} | {row['kernels']:7} {far[0]:8.4f} "
-            f"{far[1]:6.4f} {row['memory_gb']:5} {ready_s:6.1f}",
-            flush=True,
-        )
+    print(DONE, flush=True)
 
 
-def measure(decoder: Decoder, far: tuple[float, float], log: Path) -> dict[str, Any]:
-    """What is measured of a decoder that is warm. log: where its kernels are listed."""
+def measure(args: argparse.Namespace, decoder: Decoder, differs: float) -> dict[str, Any]:
+    """What is measured of a decoder that is warm."""
     times = decoder.seconds()
-    step_s, batch = statistics.median(times) / STEPS, decoder.prompt.shape[0]
-    step = Step(linear=0, attention=0, rest=0, gaps=0, kernels=0)
-    if decoder.device.type == "cuda":
-        step = decoder.profile(log)
+    step_s = statistics.median(times) / STEPS
     memory = sum(t.nbytes for t in (*decoder.model.parameters(), *decoder.model.buffers()))
     return {
-        "batch": batch, "tokens_per_s": round(batch / step_s, 1), "step_ms": round(step_s * 1e3, 4),
+        "date": datetime.date.today().isoformat(),
+        "device": torch.cuda.get_device_name() if decoder.device.type == "cuda" else "CPU",
+        "vecmat": vecmat.__version__, "torch": torch.__version__, "transformers": transformers.__version__,
+        "shapes": args.shapes, "weights": args.weights if decoder.compiled else f"{args.weights}-eager",
+        "fused": args.fuse and not args.weights.startswith("torch"), "batch": decoder.batch,
+        "tokens_per_s": round(decoder.batch / step_s, 1), "step_ms": round(step_s * 1e3, 4),
         "fastest_ms": round(min(times) / STEPS * 1e3, 4), "slowest_ms": round(max(times) / STEPS * 1e3, 4),
-        "linear_us": round(step.linear), "attention_us": round(step.attention), "rest_us": round(step.rest),
-        "gaps_us": round(step.gaps), "kernels": step.kernels, "far": round(far[0], 5), "eager_far": round(far[1], 5),
-        "memory_gb": round(memory / 1e9, 2),
+        "differs": round(differs, 5), "memory_gb": round(memory / 1e9, 2),
     }  # fmt: skip
 
 
@@ -256,34 +265,41 @@ def main() -> None:
     parser.add_argument("--weights", default="torch,bf16,int8,int4")
     parser.add_argument("--batch", default="1")
     parser.add_argument("--fuse", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--eager", action=argparse.BooleanOptionalAction, default=True, help="torch without compiling")
+    parser.add_argument("--check", action="store_true", help="compare with fp32, too (minutes)")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/models.csv"))
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     if args.child:
-        run(args, device, name)
+        run(args, device)
         return
-    print(f"{args.shapes} on {name}, torch {torch.__version__}, fuse={args.fuse}; prompt {PROMPT}, cache {CACHE}")
-    print(HEAD)
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+    print(f"{args.shapes} on {name}, torch {torch.__version__}, fuse={args.fuse}, cache {CACHE}")
     options = ["--child", "--shapes", args.shapes, "--batch", args.batch, "--out", str(args.out)]
-    options += ["--fuse" if args.fuse else "--no-fuse"]
+    options += ["--fuse" if args.fuse else "--no-fuse", "--eager" if args.eager else "--no-eager"]
+    options += ["--check"] if args.check else []
     children = [
         subprocess.Popen([sys.executable, __file__, *options, "--weights", kind], text=True, bufsize=1,
                          stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         for kind in args.weights.split(",")
     ]  # fmt: skip
-    for child in children:  # nothing is timed while another compiles
-        while (line := child.stdout.readline()) not in ("", f"{READY}\n"):
+    print("\nweights       batch  tokens/s  ms/step  fastest  slowest  differs     GB  ready s")
+    for batch in args.batch.split(","):
+        together(children, f"batch {batch}")
+    print("\nus of a step: batch    linear attention      rest      gaps   kernels")
+    together(children, "profile")
+    sys.exit(max(child.wait() for child in children))
+
+
+def together(children: list[Any], what: str) -> None:
+    """Let every child get ready, then each do its part while the others wait; what they print is printed."""
+    for child, go in [(child, False) for child in children] + [(child, True) for child in children]:
+        if go and child.poll() is None:
+            child.stdin.write(f"{what}\n")
+            child.stdin.flush()
+        while (line := child.stdout.readline()) not in ("", f"{DONE if go else READY}\n"):
             print(line, end="", flush=True)
-    for child in children:
-        if child.poll() is None:
-            child.stdin.write("\n")
-            child.stdin.close()
-            for line in child.stdout:
-                print(line, end="", flush=True)
-        child.wait()
-    sys.exit(max(child.returncode for child in children))
 
 
 if __name__ == "__main__":
