@@ -7,10 +7,12 @@ round counts. Kinds: bf16, int8, int4, fp8 and the like are ``vecmat.convert`` o
 "torch" is the model as it is, also without compiling; "torchao-int8" its weight-only quantisation.
 
 Each kind has a process of its own; they build and compile at the same time, and are timed one after the other once all
-are ready. Then torch's profiler says where a step's time goes: in kernels of a kind (of two at once the first
-counts), and in gaps between them. The first compiled logits are compared with eager ones; with --check both with those of the
-same weights in fp32. Tune first what the tables may lack; llama-3-8b's fused shapes: ``vecmat tune --shapes 4096,6144
-4096,28672 --m 1,16 --weights bf16,int8,int4:g128``.
+are ready. Then torch's profiler says where a step's time goes: in kernels of a kind (of two at once the first counts),
+and in gaps between them. The first compiled logits are compared with eager ones; with --check both with those of the
+same weights in fp32.
+
+Tune first what the tables may lack; llama-3-8b's fused shapes are ``vecmat tune --shapes 4096,6144 4096,28672 --m 1,16
+--weights bf16,int8,int4:g128``.
 """
 
 from __future__ import annotations

@@ -218,7 +218,8 @@ class VecmatQuantizer(HfQuantizer):  # type: ignore[misc]
                 plain: Any = Conv1D(*sizes[::-1]) if layer.layout == "kn" else nn.Linear(*sizes)
             weight = weight.contiguous().to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
             plain.weight = nn.Parameter(weight, requires_grad=False)
-            plain.bias = layer.bias
+            bias: Any = layer.bias
+            plain.bias = bias if bias is None else nn.Parameter(bias, requires_grad=False)
             parent, _, last = name.rpartition(".")
             setattr(model.get_submodule(parent), last, plain.train(layer.training))
         return model
