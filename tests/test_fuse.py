@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
+import linecache
 import pickle
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -495,6 +498,41 @@ def test_code_that_cannot_be_read_is_not_believed() -> None:
     found = siblings(type("Made", (nn.Module,), {"forward": names["forward"]}), {"a", "b"})
     assert not found.groups
     assert "cannot be read" in found.apart["a"]
+
+
+def test_source_that_is_not_that_of_the_code_is_not_believed(tmp_path: Path) -> None:
+    """As after a file was changed that is imported already."""
+    text = "import torch\nclass Changed(torch.nn.Module):\n    def forward(self, x):\n        return {}\n"
+    file = tmp_path / "changed.py"
+    file.write_text(text.format("self.a(x), self.b(x)"))
+    for code, groups in (("self.a(x), self.b(x)", (("a", "b"),)), ("self.a(x), self.b(x.relu_())", ())):
+        names: dict[str, Any] = {"__name__": "changed"}
+        exec(compile(text.format(code), str(file), "exec", dont_inherit=True), names)
+        found = siblings(names["Changed"], {"a", "b"})
+        assert found.groups == groups
+        assert groups or "cannot be read" in found.apart["a"]
+    file.write_text('"""' + text)
+    linecache.checkcache(str(file))
+    assert not siblings(names["Changed"], {"a", "b"}).groups
+
+
+def test_a_forward_with_closures_and_decorators_is_read() -> None:
+    def decorated(function: Any) -> Any:
+        @functools.wraps(function)
+        def call(*arguments: Any) -> Any:
+            return function(*arguments)
+
+        return call
+
+    scale = 2.0
+
+    class Closed(nn.Module):
+        @decorated
+        def forward(self, x: Tensor, wide: bool = False) -> Any:
+            super().train(False)
+            return self.a(x) * scale, self.b(x)
+
+    assert siblings(Closed, {"a", "b"}).groups == (("a", "b"),)
 
 
 def fused(model: nn.Module, weights: str = "int8", **options: Any) -> vecmat.Fusions:

@@ -1,8 +1,9 @@
 """Which of a module's children are given the same tensor, read from the code of its ``forward``.
 
-Nothing is run. What is proved is simple: within one block of statements, calls ``self.a(x)``, ``self.b(x)`` of the
-same local name, each the only call of that child, none of them under a condition or in a loop of its own, and between
-the first and the last nothing but calls of linear layers uses x (its ``shape``, ``dtype`` and ``device`` may be read).
+Nothing is run, and the source must be that of the code. What is proved is simple: within one block of statements,
+calls ``self.a(x)``, ``self.b(x)`` of the same local name, each the only call of that child, none of them under a
+condition or in a loop of its own, and between the first and the last nothing but calls of linear layers uses x (its
+``shape``, ``dtype`` and ``device`` may be read).
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
-import textwrap
+import linecache
 from collections.abc import Iterator
 
 _READ_ONLY = {"shape", "dtype", "device", "ndim"}
@@ -48,12 +49,8 @@ def siblings(cls: type, children: set[str], harmless: set[str] | None = None) ->
 
     harmless: other children that do nothing to what they are given.
     """
-    try:
-        text = textwrap.dedent(inspect.getsource(inspect.unwrap(cls.forward)))  # type: ignore[attr-defined]
-        parsed = ast.parse(text).body[0]
-    except (OSError, TypeError, SyntaxError, IndexError):
-        parsed = None
-    if not isinstance(parsed, ast.FunctionDef) or not parsed.args.args:
+    parsed = _source(cls)
+    if parsed is None or not parsed.args.args:
         return Siblings(groups=(), apart=dict.fromkeys(children, f"the code of {cls.__name__}.forward cannot be read"))
     me = parsed.args.args[0].arg
     blocks: list[list[ast.stmt]] = []
@@ -85,6 +82,34 @@ def siblings(cls: type, children: set[str], harmless: set[str] | None = None) ->
         else:
             apart |= dict.fromkeys(names, why)
     return Siblings(groups=tuple(found), apart=apart)
+
+
+def _source(cls: type) -> ast.FunctionDef | None:
+    """The syntax of a class's ``forward``, below its decorators; None where it is not that of the code that runs.
+
+    The file may have been changed since it was imported, or never have held the function: so it is compiled, and must
+    hold the very instructions.
+    """
+    function = inspect.unwrap(cls.forward)  # type: ignore[attr-defined]
+    code = getattr(function, "__code__", None)
+    if code is None:
+        return None
+    text = "".join(linecache.getlines(code.co_filename, function.__globals__))
+    try:
+        held = [compile(text, code.co_filename, "exec", dont_inherit=True)]
+        for each in held:  # grows
+            held += [part for part in each.co_consts if inspect.iscode(part)]
+        tree = ast.parse(text)
+    except (SyntaxError, ValueError):
+        return None
+    if code not in held:
+        return None
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef) and code.co_firstlineno in (
+            node.lineno, *(decorator.lineno for decorator in node.decorator_list[:1])
+        ):  # fmt: skip
+            return node
+    return None
 
 
 def _calls(body: list[ast.stmt], me: str, blocks: list[list[ast.stmt]]) -> Iterator[_Call]:
