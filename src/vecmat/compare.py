@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from .linear import Product
 from .models import Advance, quiet
 from .nn import Linear, convert, linear_layers
 from .ops import explain
@@ -366,7 +367,7 @@ def packed_megabytes(model: nn.Module) -> float:
     """What kernels keep beside the weights, in 1e6 bytes: copies in an order of their own."""
     own = [*model.parameters(), *model.buffers()]
     packs = [
-        tensor for layer in model.modules() if isinstance(layer, Linear) for tensor in _tensors(layer.stored().packs)
+        tensor for layer in model.modules() if isinstance(layer, Product) for tensor in _tensors(layer.stored().packs)
     ]
     return (_distinct([*own, *packs]) - _distinct(own)) / 1e6
 
