@@ -286,6 +286,17 @@ def test_a_model_without_data_takes_it_only_before_it_is_fused() -> None:
         model.load_state_dict(other.state_dict(), assign=True)
 
 
+def test_what_would_put_another_tensor_in_a_parts_place_fails_loudly() -> None:
+    _, fused = pair("fp32", Attention())
+    x, other = draw(2, K), draw(SIZES["k"], K)
+    with pytest.raises((AttributeError, KeyError, TypeError)):
+        torch.func.functional_call(fused, {"k.weight": other}, (x,))
+    with pytest.raises((AttributeError, KeyError)):
+        fused.k.weight = nn.Parameter(other)
+    with pytest.raises((AttributeError, KeyError)):
+        fused.k.bias = None
+
+
 def test_hooks_and_the_training_flag_go_over() -> None:
     model, seen = Attention().eval().requires_grad_(False), []
     model.k.register_forward_hook(lambda *_: seen.append("k"))
