@@ -254,6 +254,11 @@ def test_pack_quantized_with_an_order_or_plain_zero_points_is_exact() -> None:
     reader = compressed(num_bits=4, group_size=32, symmetric=False)
     plain = unpack(parts["weight_zero_point"].t(), 4)[:, :24].t().to(torch.int8) - 8
     assert torch.equal(meant(read(reader, {**parts, "weight_zero_point": plain}, 24, 128)), dense)
+    plain[3] = -20  # no four bits hold it, eight do
+    stored = read(reader, {**parts, "weight_zero_point": plain}, 24, 128)
+    assert str(stored.weight.format) == "int8:g32"
+    step = (unpack(parts["weight_packed"], 4)[3].float() - 8) + 20
+    assert torch.equal(meant(stored)[3], step * parts["weight_scale"][3].float().repeat_interleave(32))
 
 
 @pytest.mark.parametrize("group", [None, 32, 128])

@@ -144,7 +144,8 @@ def test_no_code_that_a_config_names_is_fetched_or_run(tmp_path: Path) -> None:
     config = json.loads(path.read_text())
     (tmp_path / "in" / "evil.py").write_text("raise SystemExit('evil')")
     for key in ("attn_implementation", "_attn_implementation"):
-        path.write_text(json.dumps({**config, key: "evil/kernel", "auto_map": {"AutoModelForCausalLM": "evil.Model"}}))
+        bad = {key: "evil/kernel", "auto_map": {"AutoModelForCausalLM": "evil.Model"}}
+        path.write_text(json.dumps({**config, **bad, "of_a_part": dict(bad)}))
         model = vecmat.load(tmp_path / "in")
         assert model.config._attn_implementation in ("sdpa", "eager")
     checkpoints.convert(tmp_path / "in", tmp_path / "out", "int8")

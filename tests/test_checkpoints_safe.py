@@ -306,6 +306,7 @@ HUGE = 1 << 60
         (gguf([tensor()], [string(b"a") + struct.pack("<IQ", 8, HUGE)]), "claims 1152921504606846976 bytes more"),
         (gguf([tensor()], [struct.pack("<Q", HUGE)]), "claims"),
         (gguf([tensor()], [string(b"general.alignment") + struct.pack("<II", 4, 24)]), "expected a power of two"),
+        (gguf([tensor()], [string(b"general.alignment") + struct.pack("<II", 4, a) for a in (64, 32)]), "twice"),
         (gguf([tensor()], [string(b"split.count") + struct.pack("<IH", 2, 3)]), "it is one of 3 parts"),
     ],
 )  # fmt: skip

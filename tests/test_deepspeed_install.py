@@ -27,9 +27,14 @@ from oracle import Truth
 from vecmat import deepspeed
 from vecmat.deepspeed import InstalledVectorMatMulOp
 
-needs_deepspeed = pytest.mark.skipif(
-    importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed (pip install deepspeed)"
-)
+
+def needs_deepspeed(test: Any) -> Any:
+    """A test that runs DeepSpeed's code, on the device that DeepSpeed itself chooses: the GPU where there is one."""
+    absent = importlib.util.find_spec("deepspeed") is None
+    test = pytest.mark.gpu(test) if torch.cuda.is_available() else test
+    return pytest.mark.skipif(absent, reason="DeepSpeed is not installed (pip install deepspeed)")(test)
+
+
 INFERENCE = "deepspeed.ops.transformer.inference"
 BOUND = ("op_binding", "op_binding.vector_matmul", "ds_attention", "ds_mlp", "moe_inference")
 
@@ -51,6 +56,11 @@ def theirs(monkeypatch: pytest.MonkeyPatch) -> Iterator[type]:
     deepspeed.uninstall()
 
 
+def here() -> torch.device:
+    """The device that DeepSpeed makes its parameters on."""
+    return torch.device(importlib.import_module("deepspeed.accelerator").get_accelerator().current_device_name())
+
+
 def their_config(dtype: torch.dtype, **changes: Any) -> Any:
     return part("config").DeepSpeedInferenceConfig(hidden_size=64, heads=4, dtype=dtype, **changes)
 
@@ -67,8 +77,8 @@ def attend(config: Any, attention: torch.nn.Module, dtype: torch.dtype) -> tuple
     """(its output (2, 5, 64), the context (2, 5, 64) that its last product multiplied) of a random prompt."""
     context = part("op_binding.workspace").InferenceContext.Instance()
     context.gen_workspace(1, config.heads, 2, 5, config.hidden_size, 1, False, dtype, 0, 32, 1)
-    x = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(1)).to(dtype)
-    norm = torch.ones(64, dtype=dtype), torch.zeros(64, dtype=dtype)
+    x = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(1)).to(here(), dtype)
+    norm = torch.ones(64, dtype=dtype, device=here()), torch.zeros(64, dtype=dtype, device=here())
     output, _, _, multiplied, _ = attention(x, None, norm_w=norm[0], norm_b=norm[1])
     return output, multiplied
 
@@ -246,7 +256,7 @@ def test_deepspeeds_whole_layer_gives_what_it_gives_with_its_own_operator(theirs
         assert [isinstance(op, InstalledVectorMatMulOp) for op in ops] == [ours, ours]  # attention's and the MLP's
         fill(layer)
         random = torch.Generator().manual_seed(2)
-        steps = [layer(torch.randn(2, m, 64, generator=random).to(dtype))[0] for m in (5, 1)]
+        steps = [layer(torch.randn(2, m, 64, generator=random).to(here(), dtype))[0] for m in (5, 1)]
         outputs.append(torch.cat(steps, 1))
     assert outputs[0].shape == (2, 6, 64)
     few = 4 * torch.finfo(dtype).eps * float(outputs[0].abs().max())
@@ -259,7 +269,7 @@ def test_deepspeeds_mlp_makes_our_operator_and_it_multiplies_its_weight(theirs, 
     deepspeed.install()
     mlp = part("ds_mlp").DeepSpeedMLP(their_config(dtype))
     fill(mlp)
-    x = torch.randn(2, 3, 256).to(dtype)
+    x = torch.randn(2, 3, 256).to(here(), dtype)
     assert Truth.of(x, mlp.output_w, layout="kn").verdict(mlp.vector_matmul_func(x, mlp.output_w)) is None
 
 
@@ -271,8 +281,8 @@ def test_deepspeeds_moe_coefficients_come_from_our_product(theirs):
     torch.nn.Module.__init__(layer)
     config = their_config(torch.float32)
     layer.vector_matmul_func, layer.coef_func = moe.VectorMatMulOp(config), lambda scores, *_: scores
-    layer.res_coef = torch.nn.Parameter(torch.randn(64, 2))
-    x = torch.randn(2, 3, 64)
+    layer.res_coef = torch.nn.Parameter(torch.randn(64, 2, device=here()))
+    x = torch.randn(2, 3, 64, device=here())
     assert Truth.of(x, layer.res_coef, layout="kn").verdict(layer.res_coef_func(x, True)) is None
     assert isinstance(moe.DeepSpeedMoEMLP(config).vector_matmul_func, InstalledVectorMatMulOp)
 
@@ -281,7 +291,7 @@ def test_deepspeeds_moe_coefficients_come_from_our_product(theirs):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_our_operator_takes_deepspeeds_config_and_a_copy_of_it(theirs, dtype):
     op = deepspeed.VectorMatMulOp(their_config(dtype, transposed_mode=True))
-    x, weight = torch.randn(3, 64).to(dtype), torch.randn(32, 64).to(dtype)
+    x, weight = torch.randn(3, 64).to(here(), dtype), torch.randn(32, 64).to(here(), dtype)
     for each in (op, copy.deepcopy(op), pickle.loads(pickle.dumps(op))):
         assert Truth.of(x, weight).verdict(each(x, weight)) is None
 
@@ -319,20 +329,21 @@ def test_int8_weights_of_deepspeeds_quantiser_are_multiplied_as_its_kernel_reads
     theirs, groups, dtype, transposed
 ):
     dense = torch.randn(32, 64, generator=torch.Generator().manual_seed(3)) * torch.linspace(0.1, 3, 32)[:, None]
+    dense = dense.to(here())
     weight = quantiser(groups).quantize(dense)
     read = dequantised(weight, weight.scale)
     step = (weight.scale.flatten()[: weight.scale.shape[0]]).repeat_interleave(32 // weight.scale.shape[0])
     assert ((read - dense).abs() <= 1.001 * step[:, None]).all()  # it is the weight, and no other scale's
     op = InstalledVectorMatMulOp(their_config(torch.int8, transposed_mode=transposed))
-    x = torch.randn(2, 3, 64).to(dtype)
+    x = torch.randn(2, 3, 64).to(here(), dtype)
     assert Truth.of(x, read).verdict(op(x, weight)) is None
 
 
 @needs_deepspeed
 def test_a_half_of_an_int8_weight_is_read_with_the_scales_that_deepspeeds_loader_gives_it(theirs):
-    dense = torch.randn(32, 64) * torch.linspace(0.1, 3, 64)
+    dense = (torch.randn(32, 64) * torch.linspace(0.1, 3, 64)).to(here())
     whole = quantiser(4).quantize(dense, parallel_dim=1)
-    op, x = InstalledVectorMatMulOp(their_config(torch.int8)), torch.randn(3, 32)
+    op, x = InstalledVectorMatMulOp(their_config(torch.int8)), torch.randn(3, 32, device=here())
     for rank in (0, 1):  # as its loader cuts the checkpoint's buffer, of which the first third is the whole's
         half = quantiser(4).quantize(dense[:, 32 * rank : 32 * rank + 32].contiguous())
         scale = whole.scale.view(-1)[4 * (rank + 1) :].reshape(4, -1).contiguous()
@@ -349,7 +360,7 @@ def test_a_group_of_zeros_is_zero(theirs):
     dense[8:16] = 0
     weight = quantiser(4).quantize(dense)
     assert weight.scale.flatten()[1] == 0
-    y = InstalledVectorMatMulOp(their_config(torch.int8))(torch.randn(3, 64), weight)
+    y = InstalledVectorMatMulOp(their_config(torch.int8))(torch.randn(3, 64, device=here()), weight)
     assert not y[:, 8:16].any()
     assert y[:, :8].all()
 
@@ -362,7 +373,7 @@ def test_deepspeeds_attention_runs_in_int8_with_ours_and_raises_with_its_own(the
         if ours:
             deepspeed.install()
         attention = part("ds_attention").DeepSpeedSelfAttention(config)
-        attention.attn_qkvw = torch.nn.Parameter(torch.empty(64, 192).half(), requires_grad=False)
+        attention.attn_qkvw = torch.nn.Parameter(torch.empty(64, 192, device=here()).half(), requires_grad=False)
         fill(attention)
         attention.attn_ow = quantiser(8).quantize(torch.randn(64, 64))
         if ours:

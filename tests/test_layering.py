@@ -32,7 +32,8 @@ LEVELS = {
     "checkpoints.fp8_blocks": 6.2, "checkpoints.gptq": 6.2, "checkpoints.awq": 6.2, "checkpoints.bitsandbytes": 6.2,
     "checkpoints.gguf": 6.2, "checkpoints.compressed_tensors": 6.3, "checkpoints.source": 6.4,
     "checkpoints.reading": 6.5, "checkpoints.loading": 6.6, "checkpoints.saving": 6.7, "checkpoints": 6.8,
-    "models": 6, "decoding": 6.1, "nn": 6, "deepspeed": 6, "doctor": 6, "compare": 6.5, "transformers": 6.5,
+    "siblings": 6, "linear": 6, "fusing": 6.2, "nn": 6.3,
+    "models": 6, "decoding": 6.1, "deepspeed": 6, "doctor": 6, "compare": 6.5, "transformers": 6.5,
     "__init__": 7, "cli_tuning": 7.5, "cli_convert": 7.5, "cli": 8, "__main__": 9,
 }  # fmt: skip
 KERNEL = 2.5

@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 from . import library, tables  # noqa: F401 - library defines the operators that torch.compile traces
 from ._version import VERSION
 from .errors import CheckpointError, NoKernelError, TableMissError, VecmatWarning
-from .nn import Linear, convert
+from .fusing import Fusions, fuse
+from .linear import Linear
+from .nn import convert
 from .ops import explain, matmul
 from .settings import Settings, settings
 from .tuner import tuning
@@ -34,6 +36,7 @@ __all__ = [
     "BaseOp",
     "CheckpointError",
     "DeepSpeedInferenceConfig",
+    "Fusions",
     "Linear",
     "NoKernelError",
     "Settings",
@@ -45,6 +48,7 @@ __all__ = [
     "checkpoints",
     "convert",
     "explain",
+    "fuse",
     "load",
     "matmul",
     "quantize",

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .decoding import Compiled, Eager
+from .linear import Product
 from .models import Advance
 from .nn import Linear, convert, linear_layers
 from .ops import explain
@@ -369,7 +370,7 @@ def packed_megabytes(model: nn.Module) -> float:
     """What kernels keep beside the weights, in 1e6 bytes: copies in an order of their own."""
     own = [*model.parameters(), *model.buffers()]
     packs = [
-        tensor for layer in model.modules() if isinstance(layer, Linear) for tensor in _tensors(layer.stored().packs)
+        tensor for layer in model.modules() if isinstance(layer, Product) for tensor in _tensors(layer.stored().packs)
     ]
     return (_distinct([*own, *packs]) - _distinct(own)) / 1e6
 

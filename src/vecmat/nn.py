@@ -1,248 +1,20 @@
-"""Linear: a linear layer whose product goes through ``matmul``; convert(): a whole model's."""
+"""convert(): a whole model's linear layers, as ``vecmat.Linear``."""
 
 from __future__ import annotations
 
 import difflib
 import fnmatch
 from collections.abc import Callable, Iterable
-from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.compiler import is_compiling
+from torch import nn
 
-from .ops import check_compute, matmul_stored, trace
-from .packs import forget_packs, is_captured
-from .problem import DTYPE_NAMES, Format, Layout
-from .weights import Weight, check_layout, quantize, resolve_format
+from .fusing import HOOKS
+from .fusing import fuse as fuse_layers
+from .linear import Linear, layout_of
+from .ops import check_compute
+from .weights import resolve_format
 
-_PARTS = {"data": "weight", "scale": "weight_scale", "zero": "weight_zero"}
-_ORDER = "weight_order"
-
-_HOOKS = (
-    "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called",
-    "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs",
-)  # fmt: skip
-
-
-class Linear(nn.Module):
-    """y = x @ weight + bias with the weight in any format; a drop-in for ``torch.nn.Linear``.
-
-    in_features, out_features: K and N. weights: "fp32", "bf16", "fp16", "int8", "int4" or "fp8", None for a dense
-    weight of ``dtype``. group_size, symmetric: as for ``vecmat.quantize``. layout: how a dense weight lies.
-    compute: as for ``vecmat.matmul``. dtype: of the bias, and of x.
-
-    state_dict: a dense ``weight`` is a Parameter, as in ``torch.nn.Linear``; a quantised one is the buffers
-    ``weight``, ``weight_scale`` and, with zero points, ``weight_zero``, in the plain storage of ``vecmat.Weight``.
-    Their dtypes never change: ``.to(dtype)``, ``.half()`` and the like move them and cast only the bias. Loading a
-    state_dict checks shapes, dtypes and scales. Change a quantised weight by ``load_state_dict`` or by assigning the
-    buffers, not in place: kernels keep packed copies of it, which only a new tensor replaces.
-
-    A layer may hold ``weight_order`` too, int32 (K,): its weight's column j belongs to x's column weight_order[j], as
-    for a GPTQ checkpoint whose groups follow the activations. Each call then gathers x's columns first.
-
-    A fresh layer's weight is drawn as ``torch.nn.Linear`` draws it.
-    """
-
-    def __init__(self, in_features: int, out_features: int, bias: bool = True, *, weights: str | None = None,
-                 group_size: int | None = None, symmetric: bool = True, layout: Layout = "nk",
-                 compute: str | None = None, device: Any = None, dtype: torch.dtype | None = None) -> None:  # fmt: skip
-        check_layout("Linear", layout)
-        made = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
-        name = weights or DTYPE_NAMES[made.weight.dtype]
-        dense = made.weight.detach()
-        dense = dense.t().contiguous() if layout == "kn" else dense
-        self._set(quantize(dense, name, layout=layout, group_size=group_size, symmetric=symmetric), made.bias, compute)
-
-    @classmethod
-    def from_linear(cls, linear: nn.Module, weights: str | None = None, *, group_size: int | None = None,
-                    symmetric: bool = True, compute: str | None = None) -> Linear:  # fmt: skip
-        """The Linear that computes what ``linear`` does, its weight stored as ``weights``.
-
-        linear: a ``torch.nn.Linear``, or a ``transformers`` Conv1D, whose weight is (K, N). weights: None keeps the
-        weight's own dtype, and the very Parameter, so that what is tied to it stays tied; the bias is shared too.
-        Raises ``TypeError`` for another kind of module, and what ``vecmat.quantize`` raises.
-        """
-        layout = _layout_of(linear)
-        if layout is None:
-            raise TypeError(f"from_linear: {type(linear).__name__} is no torch.nn.Linear (or transformers Conv1D)")
-        parameter, bias = linear.weight, linear.bias
-        assert isinstance(parameter, Tensor)
-        assert bias is None or isinstance(bias, Tensor)
-        own = DTYPE_NAMES.get(parameter.dtype, str(parameter.dtype))
-        made = cls.__new__(cls)
-        if weights in (None, own):
-            made._set(Weight(own, parameter, layout=layout), bias, compute)
-        else:
-            assert weights is not None
-            stored = quantize(parameter, weights, layout=layout, group_size=group_size, symmetric=symmetric)
-            made._set(stored, bias, compute)
-        made.train(linear.training)
-        return made
-
-    @classmethod
-    def from_weight(cls, weight: Weight, bias: Tensor | None = None, *, compute: str | None = None,
-                    order: Tensor | None = None) -> Linear:  # fmt: skip
-        """The Linear around a Weight, a bias (N,) or None, and the order (K,) of x's columns that the weight expects.
-
-        Raises ``ValueError`` for a bias or an order that does not fit.
-        """
-        if bias is not None and tuple(bias.shape) != (weight.n,):
-            raise ValueError(f"from_weight: bias has shape {tuple(bias.shape)}; expected ({weight.n},)")
-        if order is not None:
-            _check_order(order, weight.k)
-            order = order.to(device=weight.device, dtype=torch.int32)
-        made = cls.__new__(cls)
-        made._set(weight, bias, compute, order)
-        return made
-
-    def _set(self, weight: Weight, bias: Tensor | None, compute: str | None, order: Tensor | None = None) -> None:
-        check_compute(compute, weight.format)
-        super().__init__()
-        self.in_features, self.out_features = weight.k, weight.n
-        self.format, self.layout, self.compute = weight.format, weight.layout, compute
-        if weight.format.dense:
-            data = weight.data
-            self.weight = data if isinstance(data, nn.Parameter) else nn.Parameter(data)
-        else:
-            for part, name in _PARTS.items():
-                self.register_buffer(name, getattr(weight, part))
-        self.register_buffer(_ORDER, order)
-        if bias is None or isinstance(bias, nn.Parameter):
-            self.register_parameter("bias", bias)
-        else:
-            self.bias = nn.Parameter(bias, requires_grad=False)
-        self._weight: Weight | None = None
-
-    def stored(self) -> Weight:
-        """The layer's Weight, columns in its own order; it shares the layer's tensors."""
-        weight = self._weight
-        if weight is not None and self._holds(weight):
-            return weight
-        parts: dict[str, Any] = {part: getattr(self, name, None) for part, name in _PARTS.items()}
-        self._follow_dtype()
-        self._weight = Weight(self.format, **parts, k=self.in_features, layout=self.layout)
-        return self._weight
-
-    def _holds(self, weight: Weight) -> bool:
-        """Whether a Weight's tensors are still the layer's: they may be tied, loaded or swapped by torch.func."""
-        if weight.scale is None:
-            return weight.data is self._parameters.get("weight")
-        held: dict[str, Any] = self._buffers
-        return (
-            weight.data is held.get("weight")
-            and weight.scale is held.get("weight_scale")
-            and weight.zero is held.get("weight_zero")
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        """y (..., N) for x (..., K)."""
-        order = self._buffers.get(_ORDER)
-        if order is not None:
-            x = x.index_select(-1, order)
-        if is_compiling():
-            return self._traced(x)
-        weight = self._weight
-        if weight is None or not self._holds(weight):
-            weight = self.stored()
-        return matmul_stored(x, weight, self._parameters["bias"], self.compute)
-
-    def _traced(self, x: Tensor) -> Tensor:
-        """``forward`` as ``torch.compile`` and ``torch.export`` trace it: nothing but the layer's tensors and sizes."""
-        data, scale = self.weight, self._buffers.get("weight_scale")
-        if scale is not None:
-            format, zero = self.format.text, self._buffers["weight_zero"]
-        else:  # what torch.func puts in a parameter's place may be computed anew in each call: a plain tensor
-            stored = isinstance(data, nn.Parameter) or data.dtype != x.dtype
-            format, zero = DTYPE_NAMES[data.dtype] if stored else "", None
-        return trace(x, data, scale, zero, self.bias, format, self.in_features, self.layout, compute=self.compute)
-
-    def _follow_dtype(self) -> None:
-        """A dense layer's format is its weight's dtype, which ``.to(dtype)`` and loading may change."""
-        if self.format.dense and self.weight.dtype in DTYPE_NAMES:
-            self.format = Format(DTYPE_NAMES[self.weight.dtype])
-
-    def extra_repr(self) -> str:
-        """What ``print(layer)`` shows between its brackets."""
-        told = [f"in_features={self.in_features}, out_features={self.out_features}", f"weights={self.format}"]
-        told += [f"bias={self.bias is not None}"] + ([f"layout={self.layout}"] if self.layout == "kn" else [])
-        told += ["ordered=True"] if self._buffers.get(_ORDER) is not None else []
-        return ", ".join(told + ([f"compute={self.compute}"] if self.compute else []))
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Linear:
-        kept = {} if self.format.dense else {name: self._buffers.pop(name, None) for name in _PARTS.values()}
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, tensor in kept.items():
-            if tensor is not None:
-                moved = fn(tensor)
-                tensor = moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
-            self._buffers[name] = tensor
-        self._weight = None
-        self._follow_dtype()
-        return self
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool,
-                              missing_keys: list[str], unexpected_keys: list[str],
-                              error_msgs: list[str]) -> None:  # fmt: skip
-        miscast = []
-        for name in (_ORDER,) if self.format.dense else (*_PARTS.values(), _ORDER):
-            own, new = getattr(self, name), state_dict.get(prefix + name)
-            if own is not None and new is not None and new.dtype != own.dtype:  # copy_ would cast it silently
-                miscast.append(f"{prefix}{name} is {new.dtype}; {self.format} weights expect {own.dtype}")
-        error_msgs.extend(miscast)
-        if miscast:
-            return
-        before = {} if self.format.dense else {name: getattr(self, name) for name in _PARTS.values()}
-        before[_ORDER] = getattr(self, _ORDER)
-        saved = {name: tensor.clone() for name, tensor in before.items() if tensor is not None}
-        if is_captured(self.weight):  # a graph that finds the data where it was replays the old packed copy
-            self.weight.data = self.weight.data.clone()
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-        forget_packs(self.weight)
-        self._weight = None
-        try:
-            self.stored()
-            if before[_ORDER] is not None:
-                _check_order(getattr(self, _ORDER), self.in_features)
-        except (TypeError, ValueError) as error:
-            error_msgs.append(f"{prefix}weight: {error}")
-            for name, tensor in saved.items():  # a refused weight leaves the layer as it was
-                setattr(self, name, before[name].copy_(tensor))
-            self._weight = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_weight": None}
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Linear:
-        import copy
-
-        made = type(self).__new__(type(self))
-        memo[id(self)] = made
-        made.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
-        return made
-
-
-def _check_order(order: Tensor, k: int) -> None:
-    """Raise ``ValueError`` unless ``order`` holds each of 0 to K - 1 once."""
-    if order.device.type == "meta":
-        return
-    if tuple(order.shape) != (k,) or not torch.equal(order.long().sort().values, torch.arange(k, device=order.device)):
-        raise ValueError(
-            f"weight_order (shape {tuple(order.shape)}) is no order of {k} columns; expected each of 0 to {k - 1} once"
-        )
-
-
-def _layout_of(module: nn.Module) -> Layout | None:
-    """How a linear module's weight lies; None for a module that is not one, or that computes something else."""
-    if isinstance(module, nn.Linear):
-        plain = type(module).forward is nn.Linear.forward and "forward" not in vars(module)
-        # MultiheadAttention reads its out_proj's weight itself, past any forward.
-        return "nk" if plain and not isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear) else None
-    if type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers."):
-        return "kn"
-    return None
+__all__ = ["Linear", "convert", "linear_layers", "skipped_layers"]
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -251,7 +23,7 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     encoders = [module for module in model.modules() if isinstance(module, nn.TransformerEncoderLayer)]
     read = {id(layer) for encoder in encoders for layer in (encoder.linear1, encoder.linear2)}
     named = model.named_modules(remove_duplicate=False)
-    return {name: module for name, module in named if _layout_of(module) is not None and id(module) not in read}
+    return {name: module for name, module in named if layout_of(module) is not None and id(module) not in read}
 
 
 def convert(
@@ -263,6 +35,7 @@ def convert(
     compute: str | None = None,
     skip: Iterable[str] = (),
     untie: bool = False,
+    fuse: bool = False,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> nn.Module:
     """The model, its linear layers replaced in place by ``vecmat.Linear`` with weights in a format.
@@ -278,6 +51,9 @@ def convert(
     A weight that another module shares (a tied embedding) stays one tensor: its layer keeps the dense weight and
     still computes through ``vecmat``. untie=True gives that layer its own quantised copy instead: faster, at the
     price of that copy's memory.
+
+    fuse=True joins layers that the model's code gives the same x (q, k and v; gate and up) into one product each, with
+    the same numbers and names: ``vecmat.fuse`` of the result, which tells what was joined and what was not.
 
     progress: called with (name, done, total) after each layer. Raises ``ValueError`` for a skip that names no
     layer, for a model without linear layers, and what ``vecmat.quantize`` raises; the layers before it stay
@@ -308,7 +84,7 @@ def convert(
                 symmetric=symmetric,
                 compute=None if tied else compute,
             )
-            for hooks in _HOOKS:
+            for hooks in HOOKS:
                 getattr(made, hooks).update(getattr(linear, hooks))
             if not made.format.dense and made.bias is not None:
                 made.bias.requires_grad_(False)
@@ -317,6 +93,8 @@ def convert(
         layers[name] = made  # drop the old layer's weight before the next one is quantised
         if progress is not None:
             progress(name, done, len(todo))
+    if fuse:
+        fuse_layers(model)
     return model
 
 

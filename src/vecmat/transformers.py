@@ -31,6 +31,8 @@ from .weights import quantize, resolve_format
 _CODES: dict[Any, str] = {
     torch.int8: "I8", torch.uint8: "U8", torch.float8_e4m3fn: "F8_E4M3", torch.int32: "I32",
 }  # fmt: skip
+# What the parts of a layer are; None for what depends on its format.
+_PART_CODES = {"weight": None, "weight_scale": "F32", "weight_zero": "U8", "weight_order": "I32"}
 
 
 @register_quantization_config(METHOD)
@@ -130,7 +132,9 @@ class VecmatQuantizer(HfQuantizer):  # type: ignore[misc]
                 name: asked.format(saved.get(name, name), k) for name, k in ks.items() if not files or name in saved
             }
             self._ordered = {name for name in layers if saved.get(name) in asked.ordered}
-            return {name: fmt for name, fmt in found.items() if fmt is not None}
+            chosen = {name: fmt for name, fmt in found.items() if fmt is not None}
+            _refuse_miscast({saved.get(name, name): fmt for name, fmt in chosen.items()}, files)
+            return chosen
         self._ordered = set()
         skip = self.quantization_config.skip
         tied = {key for pair in model.all_tied_weights_keys.items() for key in pair}
@@ -141,7 +145,7 @@ class VecmatQuantizer(HfQuantizer):  # type: ignore[misc]
         else:
             kept |= skipped_layers(skip, dict(model.named_modules(remove_duplicate=False)))
         wide = list(model._keep_in_fp32_modules or ()) + list(model._keep_in_fp32_modules_strict or ())
-        chosen: dict[str, Format] = {}
+        chosen = {}
         for name, k in ks.items():
             parents = {name[:at] for at, character in enumerate(name) if character == "."} | {name}
             fmt = None if parents & kept or not should_convert_module(name, wide) else asked.format(name, k)
@@ -151,6 +155,8 @@ class VecmatQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _empty(self, name: str, linear: nn.Module, fmt: Format) -> Linear:
         made = Linear.from_linear(linear, str(fmt))
+        if not self.pre_quantized:  # older transformers cast what they read to the dtype that they find here
+            made._buffers["weight"] = linear.weight.detach()  # type: ignore[operator]
         if name in self._ordered:
             order = torch.empty(made.in_features, dtype=torch.int32, device=made.weight.device)
             made = Linear.from_weight(made.stored(), made.bias, order=order)
@@ -218,7 +224,8 @@ class VecmatQuantizer(HfQuantizer):  # type: ignore[misc]
                 plain: Any = Conv1D(*sizes[::-1]) if layer.layout == "kn" else nn.Linear(*sizes)
             weight = weight.contiguous().to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
             plain.weight = nn.Parameter(weight, requires_grad=False)
-            plain.bias = layer.bias
+            bias: Any = layer.bias
+            plain.bias = bias if bias is None else nn.Parameter(bias, requires_grad=False)
             parent, _, last = name.rpartition(".")
             setattr(model.get_submodule(parent), last, plain.train(layer.training))
         return model
@@ -282,6 +289,22 @@ def _refuse_gaps(model: Any) -> None:
 def _quantised(model: nn.Module) -> dict[str, Linear]:
     found = {name: module for name, module in model.named_modules() if isinstance(module, Linear)}
     return {name: layer for name, layer in found.items() if not layer.format.dense}
+
+
+def _refuse_miscast(formats: Mapping[str, Format], files: list[str]) -> None:
+    """Raise ``CheckpointError`` for a quantised part of another dtype, which older transformers cast silently.
+
+    formats: of the layers, by the checkpoint's names.
+    """
+    for file in files:
+        with safe_open(file, "pt") as opened:
+            for key in opened.keys():  # noqa: SIM118 - it is no dict
+                name, _, part = key.rpartition(".")
+                if name in formats and part in _PART_CODES:
+                    wanted = _PART_CODES[part] or _CODES[formats[name].dtype]
+                    found = opened.get_slice(key).get_dtype()
+                    if found != wanted:
+                        raise CheckpointError(f"{file}: {key} is {found}; expected {wanted}")
 
 
 def _saved_names(model: Any, quantization: Quantization, files: list[str]) -> dict[str, str]:

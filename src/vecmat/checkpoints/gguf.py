@@ -29,6 +29,7 @@ from .safe import faults_of
 
 # Where a block keeps its one scale, an fp16, by type: the byte it begins at.
 SCALE_AT = {"Q4_0": 0, "Q5_0": 0, "Q8_0": 0, "IQ4_NL": 0, "Q3_K": 108, "TQ1_0": 52, "TQ2_0": 64}
+NARROW = ("Q4_0", "TQ1_0", "TQ2_0")  # whose integers are -8 to 7
 PLAIN = ("F64", "F32", "F16", "BF16")
 _CHUNK = 1 << 24  # elements dequantised at a time
 _MOST_VALUES = 1 << 23  # in all arrays of the metadata; the package keeps about 1 kB for each
@@ -186,16 +187,21 @@ def read_blocks(data: Any, kind: Any) -> Weight:
         if kind.name in SCALE_AT:
             at = SCALE_AT[kind.name]
             scale = np.ascontiguousarray(rows.reshape(len(rows), -1, size)[..., at : at + 2]).view(np.float16)
-            found = _integers(values, torch.from_numpy(scale[..., 0].astype(np.float32)), block)
+            # int4 only for what is 4 bits in the file: rows that happen to be small would be another format's
+            narrow = kind.name in NARROW
+            found = _integers(values, torch.from_numpy(scale[..., 0].astype(np.float32)), block, narrow)
         parts.append(quantize(values, LEFT) if found is None else found)
-    if len({part.format for part in parts}) > 1:  # int4 for some rows and int8 for others: not seen, but possible
+    if len({part.format for part in parts}) > 1:  # some rows exact, others not
         parts = [quantize(part.dequantize(), LEFT) for part in parts]
     whole = [torch.cat([getattr(part, name) for part in parts]) for name in ("data", "scale")]
     return Weight(parts[0].format, whole[0], whole[1], k=k)
 
 
-def _integers(values: Tensor, scale: Tensor, block: int) -> Weight | None:
-    """The Weight of values (N, K) that are a block's scale (N, K / block) times integers; None if they are not."""
+def _integers(values: Tensor, scale: Tensor, block: int, narrow: bool) -> Weight | None:
+    """The Weight of values (N, K) that are a block's scale (N, K / block) times integers; None if they are not.
+
+    narrow: whether it may be int4.
+    """
     if not bool(torch.isfinite(scale).all()):
         raise ValueError("a block's scale is inf or NaN; expected finite numbers")
     blocks = values.view(values.shape[0], -1, block)
@@ -205,7 +211,7 @@ def _integers(values: Tensor, scale: Tensor, block: int) -> Weight | None:
     scale = torch.where(flip[..., 0], -scale, scale)
     if not torch.equal(steps * scale[..., None], blocks) or float(steps.abs().max()) > 128:
         return None
-    return weight_of(steps.to(torch.int16).view_as(values), scale, block)
+    return weight_of(steps.to(torch.int16).view_as(values), scale, block, narrow=narrow)
 
 
 def check_header(path: Path) -> int:
@@ -227,6 +233,7 @@ class _Header:
     def __init__(self, data: mmap.mmap) -> None:
         self.data, self.size, self.at = data, len(data), 0
         self.values = 0  # in arrays, so far
+        self.keys: set[bytes] = set()
         self.align = 32
 
     def walk(self) -> int:
@@ -263,6 +270,9 @@ class _Header:
     def pair(self) -> None:
         """One key with its value."""
         key, kind = self.string(), self.number("<I")
+        if key in self.keys:  # which of the two counts differs between readers
+            raise ValueError(f"it has the key {key!r} twice")
+        self.keys.add(key)
         if key == b"general.alignment" and kind == _UINT32:
             self.align = self.number("<I")
             if self.align == 0 or self.align & (self.align - 1) or self.align > 1 << 20:

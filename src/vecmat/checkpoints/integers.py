@@ -57,7 +57,7 @@ def weight_of(steps: Tensor, scale: Tensor, group: int | None, *, zero: Tensor |
     small = size or GROUP_SIZES[-1]  # int4 has groups always; one scale a row is repeated for them
     if narrow and low >= -8 and high <= 7:
         return Weight(Format.make("int4", small), _nibbles(steps + 8), _regroup(scale, group, small, k), k=k)
-    if narrow and zero is not None and bool((zero <= 15).all()):
+    if narrow and zero is not None and bool(((zero >= 0) & (zero <= 15)).all()):
         codes = steps + _spread(zero, group, k).to(steps.dtype)
         if not bool(((codes < 0) | (codes > 15)).any()):
             parts = (_regroup(values, group, small, k) for values in (scale, zero.to(torch.uint8)))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .. import models
 from ..errors import CheckpointError
+from ..fusing import fuse as fuse_layers
 from ..nn import Linear, convert, linear_layers
 from ..problem import DTYPE_NAMES
 from .gguf import GgufFile
@@ -21,14 +22,15 @@ from .source import Folder, open_source
 
 
 def load(path: str | Path, device: Any = None, dtype: torch.dtype | None = None, weights: str | None = None, *,
-         progress: Progress | None = None) -> Any:  # fmt: skip
+         fuse: bool = False, progress: Progress | None = None) -> Any:  # fmt: skip
     """The ``transformers`` causal language model of a checkpoint, its linear layers ``vecmat.Linear``, for inference.
 
     path: a folder with config.json and safetensors (plain, GPTQ, AWQ, compressed-tensors, fp8 blocks, bitsandbytes
     int8, or vecmat's own), or a .gguf file. device: where the weights go, one layer after another; torch's default
     device for None. dtype: of activations and dense weights; for None that of dense ``weights``, else the
     checkpoint's own, bf16 for GGUF. weights: a format to quantise every linear layer to ("int8", "int4:g64:zp"); None
-    keeps what the file has: exactly, or as docs/checkpoints.md says. A layer whose weight is tied stays dense.
+    keeps what the file has: exactly, or as docs/checkpoints.md says. A layer whose weight is tied stays dense. fuse: as
+    for ``vecmat.convert``.
 
     The model is in eval mode and asks for no gradients; ``model.config.quantization_config`` describes it, so that
     ``model.save_pretrained`` writes what ``load`` reads. No code of the checkpoint runs, and nothing is downloaded.
@@ -52,6 +54,8 @@ def load(path: str | Path, device: Any = None, dtype: torch.dtype | None = None,
             model = skeleton(source, config, chosen, buffers=True)
             _fill(model, plan, place, progress)
         _finish(model, source)
+    if fuse:
+        fuse_layers(model)
     return model
 
 

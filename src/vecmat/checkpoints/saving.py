@@ -170,8 +170,7 @@ def _describe(source: Folder | GgufFile, config: Any, model: Any, dtype: torch.d
               folder: Path) -> None:  # fmt: skip
     """Write config.json, and what belongs to the tokenizer."""
     told = dict(source.config_dict()) if isinstance(source, Folder) else config.to_dict()
-    for name in _DROPPED:
-        told.pop(name, None)
+    told = _without(told, _DROPPED)
     told |= {"architectures": [type(model).__name__], "dtype": str(dtype).removeprefix("torch.")}
     quantization = Quantization.of(written.formats, written.ordered)
     if quantization is not None:
@@ -187,6 +186,13 @@ def _describe(source: Folder | GgufFile, config: Any, model: Any, dtype: torch.d
     for name in _COPIED:
         if (source.path / name).exists():
             shutil.copyfile(inside(source.path, name), folder / name)
+
+
+def _without(value: Any, names: Iterable[str]) -> Any:
+    """A config's values without some, in the configs of its parts too."""
+    if isinstance(value, dict):
+        return {key: _without(part, names) for key, part in value.items() if key not in names}
+    return value
 
 
 def _share_modes(folder: Path) -> None:
