@@ -48,7 +48,7 @@ STORED = vecmat.quantize(torch.ones(8, 64), "int4:g32")
         (ValueError, "weight is on meta but x is on cpu .*int4:g32", {"weight": STORED.to("meta")}),
         (ValueError, "bias is on meta but x is on cpu", {"bias": torch.zeros(8, device="meta")}),
         (ValueError, "compute is 'int4'; expected None, 'int8' or 'fp8'", {"compute": "int4"}),
-        (ValueError, "compute='int8' .* needs an int8 weight .* this one is fp32", {"compute": "int8"}),
+        (ValueError, "compute='int8' .* needs an int8 or int4 weight; this one is fp32", {"compute": "int8"}),
         (ValueError, "compute='fp8' .* this one is int4:g32", {"compute": "fp8", "weight": STORED}),
         (ValueError, "kernel 'cublas' is not known; known are .*fallback.*torch_dense", {"kernel": "cublas"}),
         (ValueError, "kernel 'torch_dense' cannot run m.* n8 k64 .*: the weight is int4:g32; this kernel multiplies",

@@ -225,12 +225,12 @@ def check_compute(compute: str | None, fmt: Format) -> None:
         raise ValueError(f"matmul: compute is {compute!r}; expected None, 'int8' or 'fp8'")
     if compute == "int8" and fmt.name not in ("int8", "int4"):
         raise ValueError(
-            f"matmul: compute='int8' multiplies integers, so it needs an int8 or int4 weight; this is {fmt}"
+            f"matmul: compute='int8' multiplies integers, so it needs an int8 or int4 weight; this one is {fmt}"
         )
     if compute == "fp8" and (fmt.name != "fp8" or fmt.group_size is not None):
         raise ValueError(
             f"matmul: compute='fp8' multiplies fp8 by fp8, so it needs an fp8 weight with one scale per channel; this "
-            f"is {fmt}"
+            f"one is {fmt}"
         )
 
 
