@@ -6,7 +6,12 @@ from collections.abc import Sequence
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    warpgroup_mma,
+    warpgroup_mma_init,
+    warpgroup_mma_wait,
+)
 
 from ..device import Device
 from ..problem import Problem
@@ -14,6 +19,7 @@ from ._gluon import (
     PER_WORD,
     Fragments,
     fragments,
+    halves,
     in_order,
     kind_of,
     lane_words,
@@ -28,11 +34,41 @@ from ._triton import gdc_launch_dependents, gdc_wait
 from .base import Config, time_us
 
 
+@gluon.constexpr_function
+def _x_layout(KIND, LANE, UNROLL, ROWS, WARPS):
+    """Layout of a tile (ROWS, 4 * LANE * UNROLL) of x, as words of two: a thread has whole 16 bytes of the MMAs' order.
+
+    Those take values of all four lanes of a row, and of int4 words that are two apart, so a thread loads from the
+    same place of each lane's LANE words: as much from each as leaves work for all threads.
+    """
+    lanes, warps = 5, WARPS.bit_length() - 1
+    words = (4 * LANE * UNROLL * ROWS).bit_length() - 1
+    spare = max(0, words - lanes - warps - 2)  # bits of a thread's words beyond those of the four lanes
+    depth = LANE.bit_length() - 1
+    run = [bit for bit in range(2) if (KIND == "int4" and bit == 1) or spare > bit + (KIND == "int4")]
+    registers = [[0, 1 << bit] for bit in run] + [[0, LANE], [0, 2 * LANE]]
+    rest = [[0, 1 << bit] for bit in range(depth) if bit not in run]
+    rest += [[0, 4 * LANE << bit] for bit in range(UNROLL.bit_length() - 1)]
+    rest += [[1 << bit, 0] for bit in range(ROWS.bit_length() - 1)]
+    rest += [[0, 0]] * max(0, lanes + warps - len(rest))  # more threads than there is work for
+    return gl.DistributedLinearLayout(registers + rest[lanes + warps :], rest[:lanes], rest[lanes : lanes + warps], [],
+                                      [ROWS, 4 * LANE * UNROLL])  # fmt: skip
+
+
 @gluon.jit
-def _load_x(x_ptr, step, k, m, K, M, more, DEEP: gl.constexpr):
-    """A tile (BLOCK_M, DEEP) of x, zero past its edges."""
-    at = step * DEEP + k
-    return gl.load(x_ptr + m * K + at, mask=(m < M) & (at < K) & more, other=0.0)
+def _load_x(pointers, at, end, m, M, more, EVEN: gl.constexpr):
+    """A tile (BLOCK_M, DEEP // 2) of x in words of two values, zero past its edges."""
+    if EVEN:
+        return gl.load(pointers, mask=(m < M) & more, other=0)
+    else:
+        return gl.load(pointers, mask=(m < M) & (at < end) & more, other=0)
+
+
+@gluon.jit
+def _halved(words, ROWS: gl.constexpr, LANE_WORDS: gl.constexpr):
+    """A tile (ROWS, 4 * LANE_WORDS) of words as two of half the words of each lane, the first and the last."""
+    first, last = gl.split(words.reshape([ROWS, 4, 2, LANE_WORDS // 2]).permute([0, 1, 3, 2]))
+    return first.reshape([ROWS, 2 * LANE_WORDS]), last.reshape([ROWS, 2 * LANE_WORDS])
 
 
 @gluon.jit(do_not_specialize=["M"])
@@ -40,29 +76,33 @@ def _warpgroups(x_ptr, w_ptr, scale_ptr, zero_ptr, bias_ptr, y_ptr, part_ptr, co
                 KIND: gl.constexpr, BF16: gl.constexpr, GROUP: gl.constexpr, ZERO: gl.constexpr, BIAS: gl.constexpr,
                 EVEN: gl.constexpr, ALIGN: gl.constexpr, PDL: gl.constexpr, FROZEN: gl.constexpr, SPLIT: gl.constexpr,
                 BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, LANE_WORDS: gl.constexpr, UNROLL: gl.constexpr,
-                WARPS: gl.constexpr):  # fmt: skip
+                WARPS: gl.constexpr, AHEAD: gl.constexpr):  # fmt: skip
     """y (M, N) = x (M, K) @ w (N, K).T * scale + bias; a program BLOCK_N rows of w and part ``split`` of K.
 
     The weight goes from memory through the registers, where it is widened, into wgmma as its left operand; x, the
-    right one, through shared memory, put into the fragments' order on the way. The next step's loads are under way
-    during a step. The parts of K are summed in order by the program that comes last.
+    right one, through shared memory, put into the fragments' order on the way. While the tensor cores are at one
+    step the next is widened, and the weight's loads for the two after it are under way. The parts of K are summed
+    in order by the program that comes last.
 
     row_words: words in a row of w, ALIGN of them taken for one. Rows past N repeat the last and are not stored.
     """
     WIDTH: gl.constexpr = 4 * LANE_WORDS * UNROLL
     VALUES: gl.constexpr = per_word(KIND)  # in a word
     DEEP: gl.constexpr = WIDTH * VALUES
+    X_WORDS: gl.constexpr = VALUES // 2  # of x, to a word of w
     W_TILE: gl.constexpr = word_layout(LANE_WORDS, UNROLL, 16, BLOCK_N, WARPS, 1, 1)
-    X_TILE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // min(256, DEEP), min(32, DEEP // 8)], [WARPS, 1], [1, 0])
+    X_TILE: gl.constexpr = _x_layout(KIND, LANE_WORDS * X_WORDS, UNROLL, BLOCK_M, WARPS)
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_M, 16])
     LEFT: gl.constexpr = gl.DotOperandLayout(0, ACC, 2)
-    X_TYPE: gl.constexpr = x_ptr.dtype.element_ty
+    BUFFERS: gl.constexpr = AHEAD if AHEAD >= 3 else 4
+    OUT: gl.constexpr = gl.BlockedLayout([8, 1], [8, 4], [BLOCK_N // 64, WARPS * 64 // BLOCK_N], [0, 1])
+    HALVED: gl.constexpr = KIND == "int4" and LANE_WORDS == 4 and UNROLL == 1
+    X_TYPE: gl.constexpr = gl.bfloat16 if BF16 else gl.float16
     if PDL:
         gdc_launch_dependents()
     tile = gl.program_id(0)
     part = gl.program_id(1)
     words = row_words * ALIGN
-    K = words * VALUES
     steps = (words + WIDTH - 1) // WIDTH
     first = steps * part // split
     last = steps * (part + 1) // split
@@ -70,53 +110,88 @@ def _warpgroups(x_ptr, w_ptr, scale_ptr, zero_ptr, bias_ptr, y_ptr, part_ptr, co
     w_at = first * WIDTH + gl.expand_dims(gl.arange(0, WIDTH, layout=gl.SliceLayout(0, W_TILE)), 0)
     w_pointers = w_ptr + gl.minimum(tile * BLOCK_N + r, N - 1).to(gl.int64) * row_words * ALIGN + w_at
     x_m = gl.expand_dims(gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, X_TILE)), 1)
-    x_k = gl.expand_dims(gl.arange(0, DEEP, layout=gl.SliceLayout(0, X_TILE)), 0)
+    x_at = first * (DEEP // 2) + gl.expand_dims(gl.arange(0, DEEP // 2, layout=gl.SliceLayout(0, X_TILE)), 0)
+    x_pointers = x_ptr + x_m * (row_words * X_WORDS) * ALIGN + x_at
+    s_row = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, ACC))
+    z_row = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, W_TILE))
+    s_pointers = scale_ptr
+    z_pointers = zero_ptr
     if GROUP > 0:
-        s_row = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, ACC))
         s_pointers = scale_ptr + gl.minimum(tile * BLOCK_N + s_row, N - 1)
     if ZERO:
-        z_row = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, W_TILE))
         z_pointers = zero_ptr + gl.minimum(tile * BLOCK_N + z_row, N - 1)
-    staged = gl.allocate_shared_memory(X_TYPE, [2, BLOCK_M, DEEP], gl.NVMMASharedLayout(128, 16, 2))
+    staged = gl.allocate_shared_memory(X_TYPE, [BUFFERS, BLOCK_M, DEEP], gl.NVMMASharedLayout(128, 16, 2))
     if PDL and not FROZEN:
         gdc_wait()
-    w = load_words(w_pointers, w_at, words, True, EVEN)
-    if GROUP > 0:
-        scale = load_group(s_pointers, first, groups, N, True, DEEP, GROUP)
+    w, scale, zero = (), (), ()
+    for ahead in gl.static_range(AHEAD):
+        more = first + ahead < last
+        w = w + (load_words(w_pointers + ahead * WIDTH, w_at + ahead * WIDTH, words, more, EVEN),)
+        if GROUP > 0:
+            scale = scale + (load_group(s_pointers, first + ahead, groups, N, more, DEEP, GROUP),)
         if ZERO:
-            zero = load_group(z_pointers, first, groups, N, True, DEEP, GROUP)
+            zero = zero + (load_group(z_pointers, first + ahead, groups, N, more, DEEP, GROUP),)
     if PDL and FROZEN:
         gdc_wait()
-    x = _load_x(x_ptr, first, x_k, x_m, K, M, True, DEEP)
-    acc = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, ACC)
-    for step in range(first, last):
-        more = step + 1 < last
-        buffer = staged.index((step - first) % 2)
-        buffer.store(in_order(x, KIND, BLOCK_M, LANE_WORDS * VALUES, UNROLL))
-        w_now = w
-        zero_now = 0
-        if GROUP > 0:
-            scale_now = scale
+    x = _load_x(x_pointers, x_at, words * X_WORDS, x_m, M, True, EVEN)
+    total = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, ACC)
+    zeros = total
+    product = total
+    scale_before = gl.zeros([BLOCK_N], gl.float32, gl.SliceLayout(1, ACC))
+    if GROUP > 0:
+        product = warpgroup_mma_init(product)
+    for step in range(first, last, AHEAD):
+        w_pointers += AHEAD * WIDTH
+        w_at += AHEAD * WIDTH
+        for turn in gl.static_range(AHEAD):
+            if AHEAD >= 3:
+                buffer = staged.index(turn)
+            else:
+                buffer = staged.index((step - first) % BUFFERS + turn)
+            low, high = halves(x, BF16)
+            buffer.store(in_order(gl.join(low, high), KIND, BLOCK_M, LANE_WORDS * VALUES, UNROLL))
+            x_pointers += DEEP // 2
+            x_at += DEEP // 2
+            x = _load_x(x_pointers, x_at, words * X_WORDS, x_m, M, step + turn + 1 < last, EVEN)
+            w_now = w[0]
+            zero_now = 0
             if ZERO:
-                zero_now = zero
-        w_pointers += WIDTH
-        w_at += WIDTH
-        w = load_words(w_pointers, w_at, words, more, EVEN)
-        x = _load_x(x_ptr, step + 1, x_k, x_m, K, M, more, DEEP)
-        if GROUP > 0:
-            scale = load_group(s_pointers, step + 1, groups, N, more, DEEP, GROUP)
+                zero_now = zero[0]
+            next = step + turn + AHEAD
+            more = next < last
+            w = w[1:] + (load_words(w_pointers + turn * WIDTH, w_at + turn * WIDTH, words, more, EVEN),)
+            if GROUP > 0:
+                scale_now = scale[0]
+                scale = scale[1:] + (load_group(s_pointers, next, groups, N, more, DEEP, GROUP),)
             if ZERO:
-                zero = load_group(z_pointers, step + 1, groups, N, more, DEEP, GROUP)
-        left = gl.convert_layout(fragments(w_now, zero_now, KIND, BF16, ZERO, BLOCK_N, LANE_WORDS, UNROLL), LEFT)
-        fence_async_shared()
-        right = buffer.permute((1, 0))
-        if GROUP > 0:
-            product = warpgroup_mma(left, right, gl.zeros([BLOCK_N, BLOCK_M], gl.float32, ACC), use_acc=False)
-            acc += product * gl.expand_dims(scale_now, 1)
-        else:
-            acc = warpgroup_mma(left, right, acc)
+                zero = zero[1:] + (load_group(z_pointers, next, groups, N, more, DEEP, GROUP),)
+            if HALVED:
+                w_now, w_rest = _halved(w_now, BLOCK_N, LANE_WORDS)
+                left = fragments(w_now, zero_now, KIND, BF16, ZERO, BLOCK_N, LANE_WORDS // 2, UNROLL)
+            else:
+                left = fragments(w_now, zero_now, KIND, BF16, ZERO, BLOCK_N, LANE_WORDS, UNROLL)
+            left = gl.convert_layout(left, LEFT)
+            fence_async_shared()
+            if GROUP > 0:
+                total += warpgroup_mma_wait(0, deps=[product]) * gl.expand_dims(scale_before, 1)
+                scale_before = scale_now
+                if HALVED:
+                    right = buffer.slice(0, DEEP // 2, dim=1)
+                    product = warpgroup_mma(left, right.permute((1, 0)), zeros, use_acc=False, is_async=True)
+                    left = fragments(w_rest, zero_now, KIND, BF16, ZERO, BLOCK_N, LANE_WORDS // 2, UNROLL)
+                    left = gl.convert_layout(left, LEFT)
+                    right = buffer.slice(DEEP // 2, DEEP // 2, dim=1)
+                    product = warpgroup_mma(left, right.permute((1, 0)), product, is_async=True)
+                else:
+                    product = warpgroup_mma(left, buffer.permute((1, 0)), zeros, use_acc=False, is_async=True)
+            else:
+                product = warpgroup_mma(left, buffer.permute((1, 0)), product, is_async=True)
+                product = warpgroup_mma_wait(1, deps=[product])
+    acc = warpgroup_mma_wait(0, deps=[product])
+    if GROUP > 0:
+        acc = total + acc * gl.expand_dims(scale_before, 1)
     store_tile(acc, tile, part, split, scale_ptr, bias_ptr, y_ptr, part_ptr, count_ptr, N, M,
-               KIND != "dense" and GROUP == 0, BIAS, SPLIT, BLOCK_N, BLOCK_M)  # fmt: skip
+               KIND != "dense" and GROUP == 0, BIAS, SPLIT, BLOCK_N, BLOCK_M, OUT)  # fmt: skip
 
 
 # (BLOCK_N, num_warps, UNROLL)
@@ -127,7 +202,7 @@ class TritonWgmma(Fragments):
     """9 to 128 rows, layout nk, compute capability 9.0: x through shared memory, m64nMk16 on the tensor cores."""
 
     function = _warpgroups
-    words = (1,)
+    words = (0, 1)
     most_rows = 128
 
     def block_m(self, m: int) -> int:
@@ -173,7 +248,7 @@ class TritonWgmma(Fragments):
         block_n, warps, depth = tile
         lane, group = lane_words(problem), problem.weight.group_size
         unroll = min(depth, group // (4 * lane * PER_WORD[kind_of(problem)])) if group else depth
-        return {"BLOCK_N": block_n, "LANE_WORDS": lane, "UNROLL": unroll, "WARPS": warps, "num_warps": warps}
+        return {"BLOCK_N": block_n, "LANE_WORDS": lane, "UNROLL": unroll, "WARPS": warps, "AHEAD": 2, "num_warps": warps}
 
     def estimate_us(self, problem: Problem, device: Device, config: Config) -> float:
         """As measured on an H200: the bytes at a share of the bandwidth that falls with the rows of x, and a start."""
