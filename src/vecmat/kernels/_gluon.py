@@ -323,8 +323,9 @@ def splits(tiles: int, steps: int, units: int) -> list[int]:
 class Fragments(Kernel):
     """A kernel whose weight goes from memory into fragments: what it takes, and how it is launched.
 
-    A config has ``split``, ``num_warps`` and, in capitals, the last constants of ``function`` in their order. words:
-    which of its first two arguments, x and the weight, the function reads as words.
+    A config has ``split``, ``num_warps``, perhaps ``maxnreg`` (the registers a thread may have) and, in capitals, the
+    last constants of ``function`` in their order. words: which of its first two arguments, x and the weight, the
+    function reads as words.
     """
 
     function: ClassVar[Any]
@@ -383,7 +384,8 @@ class Fragments(Kernel):
                 **{name: value for name, value in config.items() if name.isupper()},
             }  # fmt: skip
             return Launch(self.function, device, constants, words=self.words, pdl=pdl,
-                          num_warps=int(config["num_warps"]))  # fmt: skip
+                          **{name: int(config[name]) for name in ("num_warps", "maxnreg") if name in config},
+                          )  # fmt: skip
 
         frozen, changing = launch(True), launch(False)
         fixed, blocks = (n, words // align, fmt.groups(problem.k), split), tiles * split * block_n * block_m

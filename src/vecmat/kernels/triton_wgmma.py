@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
+    async_copy,
     fence_async_shared,
     warpgroup_mma,
     warpgroup_mma_init,
@@ -56,12 +57,13 @@ def _x_layout(KIND, LANE, UNROLL, ROWS, WARPS):
 
 
 @gluon.jit
-def _load_x(pointers, at, end, m, M, more, EVEN: gl.constexpr):
-    """A tile (BLOCK_M, DEEP // 2) of x in words of two values, zero past its edges."""
+def _copy_x(buffer, pointers, at, end, m, M, more, EVEN: gl.constexpr):
+    """Start the copy of a tile (BLOCK_M, DEEP // 2) of x, words of two values, zero past its edges."""
     if EVEN:
-        return gl.load(pointers, mask=(m < M) & more, other=0)
+        async_copy.async_copy_global_to_shared(buffer, pointers, mask=(m < M) & more)
     else:
-        return gl.load(pointers, mask=(m < M) & (at < end) & more, other=0)
+        async_copy.async_copy_global_to_shared(buffer, pointers, mask=(m < M) & (at < end) & more)
+    async_copy.commit_group()
 
 
 @gluon.jit
@@ -92,9 +94,9 @@ def _warpgroups(x_ptr, w_ptr, scale_ptr, zero_ptr, bias_ptr, y_ptr, part_ptr, co
     X_WORDS: gl.constexpr = VALUES // 2  # of x, to a word of w
     W_TILE: gl.constexpr = word_layout(LANE_WORDS, UNROLL, 16, BLOCK_N, WARPS, 1, 1)
     X_TILE: gl.constexpr = _x_layout(KIND, LANE_WORDS * X_WORDS, UNROLL, BLOCK_M, WARPS)
+    X_COPY: gl.constexpr = gl.BlockedLayout([1, 4], [256 // min(DEEP, 256), min(DEEP, 256) // 8], [WARPS, 1], [1, 0])
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_M, 16])
     LEFT: gl.constexpr = gl.DotOperandLayout(0, ACC, 2)
-    BUFFERS: gl.constexpr = AHEAD if AHEAD >= 3 else 4
     OUT: gl.constexpr = gl.BlockedLayout([8, 1], [8, 4], [BLOCK_N // 64, WARPS * 64 // BLOCK_N], [0, 1])
     HALVED: gl.constexpr = KIND == "int4" and LANE_WORDS == 4 and UNROLL == 1
     X_TYPE: gl.constexpr = gl.bfloat16 if BF16 else gl.float16
@@ -109,8 +111,8 @@ def _warpgroups(x_ptr, w_ptr, scale_ptr, zero_ptr, bias_ptr, y_ptr, part_ptr, co
     r = gl.expand_dims(gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, W_TILE)), 1)
     w_at = first * WIDTH + gl.expand_dims(gl.arange(0, WIDTH, layout=gl.SliceLayout(0, W_TILE)), 0)
     w_pointers = w_ptr + gl.minimum(tile * BLOCK_N + r, N - 1).to(gl.int64) * row_words * ALIGN + w_at
-    x_m = gl.expand_dims(gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, X_TILE)), 1)
-    x_at = first * (DEEP // 2) + gl.expand_dims(gl.arange(0, DEEP // 2, layout=gl.SliceLayout(0, X_TILE)), 0)
+    x_m = gl.expand_dims(gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, X_COPY)), 1)
+    x_at = first * (DEEP // 2) + gl.expand_dims(gl.arange(0, DEEP // 2, layout=gl.SliceLayout(0, X_COPY)), 0)
     x_pointers = x_ptr + x_m * (row_words * X_WORDS) * ALIGN + x_at
     s_row = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, ACC))
     z_row = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, W_TILE))
@@ -120,7 +122,8 @@ def _warpgroups(x_ptr, w_ptr, scale_ptr, zero_ptr, bias_ptr, y_ptr, part_ptr, co
         s_pointers = scale_ptr + gl.minimum(tile * BLOCK_N + s_row, N - 1)
     if ZERO:
         z_pointers = zero_ptr + gl.minimum(tile * BLOCK_N + z_row, N - 1)
-    staged = gl.allocate_shared_memory(X_TYPE, [BUFFERS, BLOCK_M, DEEP], gl.NVMMASharedLayout(128, 16, 2))
+    coming = gl.allocate_shared_memory(gl.int32, [AHEAD, BLOCK_M, DEEP // 2], gl.SwizzledSharedLayout(4, 1, 8, [1, 0]))
+    staged = gl.allocate_shared_memory(X_TYPE, [2, BLOCK_M, DEEP], gl.NVMMASharedLayout(128, 16, 2))
     if PDL and not FROZEN:
         gdc_wait()
     w, scale, zero = (), (), ()
@@ -133,7 +136,10 @@ def _warpgroups(x_ptr, w_ptr, scale_ptr, zero_ptr, bias_ptr, y_ptr, part_ptr, co
             zero = zero + (load_group(z_pointers, first + ahead, groups, N, more, DEEP, GROUP),)
     if PDL and FROZEN:
         gdc_wait()
-    x = _load_x(x_pointers, x_at, words * X_WORDS, x_m, M, True, EVEN)
+    for ahead in gl.static_range(AHEAD):
+        _copy_x(coming.index(ahead), x_pointers, x_at, words * X_WORDS, x_m, M, first + ahead < last, EVEN)
+        x_pointers += DEEP // 2
+        x_at += DEEP // 2
     total = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, ACC)
     zeros = total
     product = total
@@ -144,15 +150,10 @@ def _warpgroups(x_ptr, w_ptr, scale_ptr, zero_ptr, bias_ptr, y_ptr, part_ptr, co
         w_pointers += AHEAD * WIDTH
         w_at += AHEAD * WIDTH
         for turn in gl.static_range(AHEAD):
-            if AHEAD >= 3:
-                buffer = staged.index(turn)
-            else:
-                buffer = staged.index((step - first) % BUFFERS + turn)
-            low, high = halves(x, BF16)
+            buffer = staged.index(turn % 2)
+            async_copy.wait_group(AHEAD - 1)
+            low, high = halves(coming.index(turn).load(X_TILE), BF16)
             buffer.store(in_order(gl.join(low, high), KIND, BLOCK_M, LANE_WORDS * VALUES, UNROLL))
-            x_pointers += DEEP // 2
-            x_at += DEEP // 2
-            x = _load_x(x_pointers, x_at, words * X_WORDS, x_m, M, step + turn + 1 < last, EVEN)
             w_now = w[0]
             zero_now = 0
             if ZERO:
@@ -187,6 +188,10 @@ def _warpgroups(x_ptr, w_ptr, scale_ptr, zero_ptr, bias_ptr, y_ptr, part_ptr, co
             else:
                 product = warpgroup_mma(left, buffer.permute((1, 0)), product, is_async=True)
                 product = warpgroup_mma_wait(1, deps=[product])
+            _copy_x(coming.index(turn), x_pointers, x_at, words * X_WORDS, x_m, M, more, EVEN)
+            x_pointers += DEEP // 2
+            x_at += DEEP // 2
+    async_copy.wait_group(0)
     acc = warpgroup_mma_wait(0, deps=[product])
     if GROUP > 0:
         acc = total + acc * gl.expand_dims(scale_before, 1)
@@ -194,8 +199,9 @@ def _warpgroups(x_ptr, w_ptr, scale_ptr, zero_ptr, bias_ptr, y_ptr, part_ptr, co
                KIND != "dense" and GROUP == 0, BIAS, SPLIT, BLOCK_N, BLOCK_M, OUT)  # fmt: skip
 
 
-# (BLOCK_N, num_warps, UNROLL)
-_TILES = [(64, 4, 1), (64, 4, 2), (64, 4, 4), (128, 8, 1), (128, 8, 2)]
+# (BLOCK_N, num_warps, UNROLL, AHEAD)
+_TILES = [(64, 4, 1, 2), (64, 4, 1, 4), (64, 4, 2, 2), (128, 8, 1, 2), (128, 8, 1, 4), (128, 8, 2, 2), (256, 16, 1, 2),
+          (256, 16, 1, 4)]  # fmt: skip
 
 
 class TritonWgmma(Fragments):
@@ -239,16 +245,17 @@ class TritonWgmma(Fragments):
             block_n, warps, depth = (128, 8, 1) if problem.m <= 32 or problem.n > 32 * device.units else (64, 4, 1)
         else:
             block_n, warps, depth = 64, 4, 2
-        config = self._config(problem, (block_n, warps, depth))
+        config = self._config(problem, (block_n, warps, depth, 2))
         step = self.step_words(config) * PER_WORD[kind_of(problem)]
         parts = splits(-(-problem.n // block_n), problem.k // step, device.units)
         return {**config, "split": parts[-1 if warps == 4 and problem.m <= 32 else 0]}
 
-    def _config(self, problem: Problem, tile: tuple[int, int, int]) -> dict[str, int]:
-        block_n, warps, depth = tile
+    def _config(self, problem: Problem, tile: tuple[int, int, int, int]) -> dict[str, int]:
+        block_n, warps, depth, ahead = tile
         lane, group = lane_words(problem), problem.weight.group_size
         unroll = min(depth, group // (4 * lane * PER_WORD[kind_of(problem)])) if group else depth
-        return {"BLOCK_N": block_n, "LANE_WORDS": lane, "UNROLL": unroll, "WARPS": warps, "AHEAD": 2, "num_warps": warps}
+        return {"BLOCK_N": block_n, "LANE_WORDS": lane, "UNROLL": unroll, "WARPS": warps, "AHEAD": ahead,
+                "num_warps": warps}  # fmt: skip
 
     def estimate_us(self, problem: Problem, device: Device, config: Config) -> float:
         """As measured on an H200: the bytes at a share of the bandwidth that falls with the rows of x, and a start."""
