@@ -264,9 +264,15 @@ def join_parts(y, part_ptr, count_ptr, tile, part, split, n, m, BLOCK_N: gl.cons
     total = y
     if is_last:
         gl.store(count_ptr + tile, 0)
-        total = gl.load(block, cache_modifier=".cg")
-        for other in range(1, split):
-            total += gl.load(block + other * (BLOCK_N * BLOCK_M), cache_modifier=".cg")
+        WAYS: gl.constexpr = 4 if BLOCK_N * BLOCK_M <= 4096 else 2  # loads under way at once, as registers allow
+        total = gl.zeros_like(y)
+        for first in range(0, split, WAYS):
+            others = ()
+            for way in gl.static_range(WAYS):
+                pointers = block + (first + way) * (BLOCK_N * BLOCK_M)
+                others = others + (gl.load(pointers, mask=first + way < split, other=0.0, cache_modifier=".cg"),)
+            for way in gl.static_range(WAYS):
+                total += others[way]
     return total, is_last
 
 

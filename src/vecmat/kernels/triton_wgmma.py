@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -48,22 +49,13 @@ def _x_layout(KIND, LANE, UNROLL, ROWS, WARPS):
     depth = LANE.bit_length() - 1
     run = [bit for bit in range(2) if (KIND == "int4" and bit == 1) or spare > bit + (KIND == "int4")]
     registers = [[0, 1 << bit] for bit in run] + [[0, LANE], [0, 2 * LANE]]
-    rest = [[0, 1 << bit] for bit in range(depth) if bit not in run]
-    rest += [[0, 4 * LANE << bit] for bit in range(UNROLL.bit_length() - 1)]
-    rest += [[1 << bit, 0] for bit in range(ROWS.bit_length() - 1)]
+    rows = [[1 << bit, 0] for bit in range(ROWS.bit_length() - 1)]
+    rest = [[0, 1 << bit] for bit in range(3) if bit < depth and bit not in run] + rows[:3]  # no two in a bank
+    rest += [[0, 1 << bit] for bit in range(3, depth)] + [[0, 4 * LANE << bit] for bit in range(UNROLL.bit_length() - 1)]
+    rest += rows[3:]
     rest += [[0, 0]] * max(0, lanes + warps - len(rest))  # more threads than there is work for
     return gl.DistributedLinearLayout(registers + rest[lanes + warps :], rest[:lanes], rest[lanes : lanes + warps], [],
                                       [ROWS, 4 * LANE * UNROLL])  # fmt: skip
-
-
-@gluon.jit
-def _copy_x(buffer, pointers, at, end, m, M, more, EVEN: gl.constexpr):
-    """Start the copy of a tile (BLOCK_M, DEEP // 2) of x, words of two values, zero past its edges."""
-    if EVEN:
-        async_copy.async_copy_global_to_shared(buffer, pointers, mask=(m < M) & more)
-    else:
-        async_copy.async_copy_global_to_shared(buffer, pointers, mask=(m < M) & (at < end) & more)
-    async_copy.commit_group()
 
 
 @gluon.jit
@@ -73,12 +65,19 @@ def _halved(words, ROWS: gl.constexpr, LANE_WORDS: gl.constexpr):
     return first.reshape([ROWS, 2 * LANE_WORDS]), last.reshape([ROWS, 2 * LANE_WORDS])
 
 
+@gluon.jit
+def _place(begin, turn, turns):
+    """Which step of K a turn takes: they go round from ``begin``. Past the last turn, any."""
+    at = begin + turn
+    return gl.where(at < turns, at, at - turns)
+
+
 @gluon.jit(do_not_specialize=["M"])
 def _warpgroups(x_ptr, w_ptr, scale_ptr, zero_ptr, bias_ptr, y_ptr, part_ptr, count_ptr, N, row_words, groups, split, M,
                 KIND: gl.constexpr, BF16: gl.constexpr, GROUP: gl.constexpr, ZERO: gl.constexpr, BIAS: gl.constexpr,
                 EVEN: gl.constexpr, ALIGN: gl.constexpr, PDL: gl.constexpr, FROZEN: gl.constexpr, SPLIT: gl.constexpr,
                 BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, LANE_WORDS: gl.constexpr, UNROLL: gl.constexpr,
-                WARPS: gl.constexpr, AHEAD: gl.constexpr):  # fmt: skip
+                WARPS: gl.constexpr, AHEAD: gl.constexpr, ROTATE: gl.constexpr):  # fmt: skip
     """y (M, N) = x (M, K) @ w (N, K).T * scale + bias; a program BLOCK_N rows of w and part ``split`` of K.
 
     The weight goes from memory through the registers, where it is widened, into wgmma as its left operand; x, the
@@ -94,6 +93,8 @@ def _warpgroups(x_ptr, w_ptr, scale_ptr, zero_ptr, bias_ptr, y_ptr, part_ptr, co
     X_WORDS: gl.constexpr = VALUES // 2  # of x, to a word of w
     W_TILE: gl.constexpr = word_layout(LANE_WORDS, UNROLL, 16, BLOCK_N, WARPS, 1, 1)
     X_TILE: gl.constexpr = _x_layout(KIND, LANE_WORDS * X_WORDS, UNROLL, BLOCK_M, WARPS)
+    W_COPY: gl.constexpr = gl.BlockedLayout([1, 4], [128 // WIDTH, WIDTH // 4], [WARPS, 1], [1, 0])
+    S_COPY: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
     X_COPY: gl.constexpr = gl.BlockedLayout([1, 4], [256 // min(DEEP, 256), min(DEEP, 256) // 8], [WARPS, 1], [1, 0])
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_M, 16])
     LEFT: gl.constexpr = gl.DotOperandLayout(0, ACC, 2)
@@ -107,14 +108,16 @@ def _warpgroups(x_ptr, w_ptr, scale_ptr, zero_ptr, bias_ptr, y_ptr, part_ptr, co
     words = row_words * ALIGN
     steps = (words + WIDTH - 1) // WIDTH
     first = steps * part // split
-    last = steps * (part + 1) // split
-    r = gl.expand_dims(gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, W_TILE)), 1)
-    w_at = first * WIDTH + gl.expand_dims(gl.arange(0, WIDTH, layout=gl.SliceLayout(0, W_TILE)), 0)
+    turns = steps * (part + 1) // split - first
+    # Programs that run side by side begin at different places, so that they do not all want the same lines of x at once.
+    begin = tile * ROTATE % gl.maximum(turns, 1)
+    r = gl.expand_dims(gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, W_COPY)), 1)
+    w_at = gl.expand_dims(gl.arange(0, WIDTH, layout=gl.SliceLayout(0, W_COPY)), 0)
     w_pointers = w_ptr + gl.minimum(tile * BLOCK_N + r, N - 1).to(gl.int64) * row_words * ALIGN + w_at
     x_m = gl.expand_dims(gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, X_COPY)), 1)
-    x_at = first * (DEEP // 2) + gl.expand_dims(gl.arange(0, DEEP // 2, layout=gl.SliceLayout(0, X_COPY)), 0)
+    x_at = gl.expand_dims(gl.arange(0, DEEP // 2, layout=gl.SliceLayout(0, X_COPY)), 0)
     x_pointers = x_ptr + x_m * (row_words * X_WORDS) * ALIGN + x_at
-    s_row = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, ACC))
+    s_row = gl.arange(0, BLOCK_N, layout=S_COPY)
     z_row = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, W_TILE))
     s_pointers = scale_ptr
     z_pointers = zero_ptr
@@ -122,60 +125,83 @@ def _warpgroups(x_ptr, w_ptr, scale_ptr, zero_ptr, bias_ptr, y_ptr, part_ptr, co
         s_pointers = scale_ptr + gl.minimum(tile * BLOCK_N + s_row, N - 1)
     if ZERO:
         z_pointers = zero_ptr + gl.minimum(tile * BLOCK_N + z_row, N - 1)
-    coming = gl.allocate_shared_memory(gl.int32, [AHEAD, BLOCK_M, DEEP // 2], gl.SwizzledSharedLayout(4, 1, 8, [1, 0]))
+    w_ring = gl.allocate_shared_memory(gl.int32, [AHEAD, BLOCK_N, WIDTH], gl.SwizzledSharedLayout(4, 1, 1, [1, 0]))
+    x_ring = gl.allocate_shared_memory(gl.int32, [AHEAD, BLOCK_M, DEEP // 2], gl.SwizzledSharedLayout(8, 1, 4, [1, 0]))
+    s_ring = gl.allocate_shared_memory(gl.float32, [AHEAD, BLOCK_N], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     staged = gl.allocate_shared_memory(X_TYPE, [2, BLOCK_M, DEEP], gl.NVMMASharedLayout(128, 16, 2))
     if PDL and not FROZEN:
         gdc_wait()
-    w, scale, zero = (), (), ()
     for ahead in gl.static_range(AHEAD):
-        more = first + ahead < last
-        w = w + (load_words(w_pointers + ahead * WIDTH, w_at + ahead * WIDTH, words, more, EVEN),)
+        at = first + _place(begin, ahead, turns)
+        if EVEN:
+            w_mask = ahead < turns
+        else:
+            w_mask = (w_at + at * WIDTH < words) & (ahead < turns)
+        async_copy.async_copy_global_to_shared(w_ring.index(ahead), w_pointers + at * WIDTH, mask=w_mask)
         if GROUP > 0:
-            scale = scale + (load_group(s_pointers, first + ahead, groups, N, more, DEEP, GROUP),)
-        if ZERO:
-            zero = zero + (load_group(z_pointers, first + ahead, groups, N, more, DEEP, GROUP),)
+            s_pointer = s_pointers + gl.minimum(at * DEEP // GROUP, groups - 1) * N
+            async_copy.async_copy_global_to_shared(s_ring.index(ahead), s_pointer, mask=s_row >= 0)
+    zero = 0
+    if ZERO:
+        zero = load_group(z_pointers, first + begin, groups, N, True, DEEP, GROUP)
     if PDL and FROZEN:
         gdc_wait()
     for ahead in gl.static_range(AHEAD):
-        _copy_x(coming.index(ahead), x_pointers, x_at, words * X_WORDS, x_m, M, first + ahead < last, EVEN)
-        x_pointers += DEEP // 2
-        x_at += DEEP // 2
+        at = first + _place(begin, ahead, turns)
+        if EVEN:
+            x_mask = (x_m < M) & (ahead < turns)
+        else:
+            x_mask = (x_m < M) & (x_at + at * (DEEP // 2) < words * X_WORDS) & (ahead < turns)
+        async_copy.async_copy_global_to_shared(x_ring.index(ahead), x_pointers + at * (DEEP // 2), mask=x_mask)
+        async_copy.commit_group()
     total = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, ACC)
     zeros = total
     product = total
     scale_before = gl.zeros([BLOCK_N], gl.float32, gl.SliceLayout(1, ACC))
     if GROUP > 0:
         product = warpgroup_mma_init(product)
-    for step in range(first, last, AHEAD):
-        w_pointers += AHEAD * WIDTH
-        w_at += AHEAD * WIDTH
-        for turn in gl.static_range(AHEAD):
-            buffer = staged.index(turn % 2)
+    # Once at least, also for a part of no steps: where the loop may be passed by, ptxas serialises its MMAs.
+    for pair in range(0, gl.maximum(turns, 1), 2):
+        for turn in gl.static_range(2):
+            slot = (pair + turn) % AHEAD
             async_copy.wait_group(AHEAD - 1)
-            low, high = halves(coming.index(turn).load(X_TILE), BF16)
+            low, high = halves(x_ring.index(slot).load(X_TILE), BF16)
+            buffer = staged.index(turn)
             buffer.store(in_order(gl.join(low, high), KIND, BLOCK_M, LANE_WORDS * VALUES, UNROLL))
-            w_now = w[0]
-            zero_now = 0
-            if ZERO:
-                zero_now = zero[0]
-            next = step + turn + AHEAD
-            more = next < last
-            w = w[1:] + (load_words(w_pointers + turn * WIDTH, w_at + turn * WIDTH, words, more, EVEN),)
+            w = w_ring.index(slot).load(W_TILE)
+            zero_now = zero
             if GROUP > 0:
-                scale_now = scale[0]
-                scale = scale[1:] + (load_group(s_pointers, next, groups, N, more, DEEP, GROUP),)
-            if ZERO:
-                zero = zero[1:] + (load_group(z_pointers, next, groups, N, more, DEEP, GROUP),)
+                scale = s_ring.index(slot).load(gl.SliceLayout(1, ACC))
+                if ZERO:
+                    at = first + _place(begin, pair + turn + 1, turns)
+                    zero = load_group(z_pointers, at, groups, N, pair + turn + 1 < turns, DEEP, GROUP)
             if HALVED:
-                w_now, w_rest = _halved(w_now, BLOCK_N, LANE_WORDS)
-                left = fragments(w_now, zero_now, KIND, BF16, ZERO, BLOCK_N, LANE_WORDS // 2, UNROLL)
+                w, w_rest = _halved(w, BLOCK_N, LANE_WORDS)
+                if ZERO:
+                    zero_now = gl.convert_layout(zero_now, gl.SliceLayout(1, w.type.layout))
+                left = fragments(w, zero_now, KIND, BF16, ZERO, BLOCK_N, LANE_WORDS // 2, UNROLL)
             else:
-                left = fragments(w_now, zero_now, KIND, BF16, ZERO, BLOCK_N, LANE_WORDS, UNROLL)
+                left = fragments(w, zero_now, KIND, BF16, ZERO, BLOCK_N, LANE_WORDS, UNROLL)
             left = gl.convert_layout(left, LEFT)
             fence_async_shared()
+            tl.debug_barrier()  # x is staged, and the ring's slot has been read by all
+            more = pair + turn + AHEAD < turns
+            at = first + _place(begin, pair + turn + AHEAD, turns)
+            if EVEN:
+                w_mask = more
+                x_mask = (x_m < M) & more
+            else:
+                w_mask = (w_at + at * WIDTH < words) & more
+                x_mask = (x_m < M) & (x_at + at * (DEEP // 2) < words * X_WORDS) & more
+            async_copy.async_copy_global_to_shared(w_ring.index(slot), w_pointers + at * WIDTH, mask=w_mask)
+            async_copy.async_copy_global_to_shared(x_ring.index(slot), x_pointers + at * (DEEP // 2), mask=x_mask)
+            if GROUP > 0:
+                s_pointer = s_pointers + gl.minimum(at * DEEP // GROUP, groups - 1) * N
+                async_copy.async_copy_global_to_shared(s_ring.index(slot), s_pointer, mask=s_row >= 0)
+            async_copy.commit_group()
             if GROUP > 0:
                 total += warpgroup_mma_wait(0, deps=[product]) * gl.expand_dims(scale_before, 1)
-                scale_before = scale_now
+                scale_before = scale
                 if HALVED:
                     right = buffer.slice(0, DEEP // 2, dim=1)
                     product = warpgroup_mma(left, right.permute((1, 0)), zeros, use_acc=False, is_async=True)
@@ -188,9 +214,6 @@ def _warpgroups(x_ptr, w_ptr, scale_ptr, zero_ptr, bias_ptr, y_ptr, part_ptr, co
             else:
                 product = warpgroup_mma(left, buffer.permute((1, 0)), product, is_async=True)
                 product = warpgroup_mma_wait(1, deps=[product])
-            _copy_x(coming.index(turn), x_pointers, x_at, words * X_WORDS, x_m, M, more, EVEN)
-            x_pointers += DEEP // 2
-            x_at += DEEP // 2
     async_copy.wait_group(0)
     acc = warpgroup_mma_wait(0, deps=[product])
     if GROUP > 0:
@@ -255,6 +278,7 @@ class TritonWgmma(Fragments):
         lane, group = lane_words(problem), problem.weight.group_size
         unroll = min(depth, group // (4 * lane * PER_WORD[kind_of(problem)])) if group else depth
         return {"BLOCK_N": block_n, "LANE_WORDS": lane, "UNROLL": unroll, "WARPS": warps, "AHEAD": ahead,
+                "ROTATE": 1,
                 "num_warps": warps}  # fmt: skip
 
     def estimate_us(self, problem: Problem, device: Device, config: Config) -> float:
