@@ -254,6 +254,12 @@ def load_group(pointers, step, groups, N, more, PER_STEP: gl.constexpr, GROUP: g
 
 
 @gluon.jit
+def _part(block, part, split, BLOCK_N: gl.constexpr, BLOCK_M: gl.constexpr):
+    """A part of a tile's sums, zeros past the last."""
+    return gl.load(block + part * (BLOCK_N * BLOCK_M), mask=part < split, other=0.0, cache_modifier=".cg")
+
+
+@gluon.jit
 def join_parts(y, part_ptr, count_ptr, tile, part, split, n, m, BLOCK_N: gl.constexpr, BLOCK_M: gl.constexpr):
     """(the sum of a tile's parts, in order, in the program that comes last; whether this is the one)."""
     block = part_ptr + tile * split * (BLOCK_N * BLOCK_M) + n * BLOCK_M + m
@@ -264,15 +270,16 @@ def join_parts(y, part_ptr, count_ptr, tile, part, split, n, m, BLOCK_N: gl.cons
     total = y
     if is_last:
         gl.store(count_ptr + tile, 0)
-        WAYS: gl.constexpr = 4 if BLOCK_N * BLOCK_M <= 4096 else 2  # loads under way at once, as registers allow
-        total = gl.zeros_like(y)
-        for first in range(0, split, WAYS):
-            others = ()
-            for way in gl.static_range(WAYS):
-                pointers = block + (first + way) * (BLOCK_N * BLOCK_M)
-                others = others + (gl.load(pointers, mask=first + way < split, other=0.0, cache_modifier=".cg"),)
-            for way in gl.static_range(WAYS):
-                total += others[way]
+        FEW: gl.constexpr = BLOCK_N * BLOCK_M <= 4096  # several loads under way at once, as registers allow
+        total = gl.load(block, cache_modifier=".cg")
+        for other in range(1, split, 3 if FEW else 2):
+            first = gl.load(block + other * (BLOCK_N * BLOCK_M), cache_modifier=".cg")
+            second = _part(block, other + 1, split, BLOCK_N, BLOCK_M)
+            if FEW:
+                third = _part(block, other + 2, split, BLOCK_N, BLOCK_M)
+                total = total + first + second + third
+            else:
+                total = total + first + second
     return total, is_last
 
 

@@ -26,9 +26,7 @@ from ._gluon import (
     kind_of,
     lane_words,
     load_group,
-    load_words,
     per_word,
-    splits,
     store_tile,
     word_layout,
 )
@@ -51,11 +49,44 @@ def _x_layout(KIND, LANE, UNROLL, ROWS, WARPS):
     registers = [[0, 1 << bit] for bit in run] + [[0, LANE], [0, 2 * LANE]]
     rows = [[1 << bit, 0] for bit in range(ROWS.bit_length() - 1)]
     rest = [[0, 1 << bit] for bit in range(3) if bit < depth and bit not in run] + rows[:3]  # no two in a bank
-    rest += [[0, 1 << bit] for bit in range(3, depth)] + [[0, 4 * LANE << bit] for bit in range(UNROLL.bit_length() - 1)]
-    rest += rows[3:]
+    rest += [[0, 1 << bit] for bit in range(3, depth)]
+    rest += [[0, 4 * LANE << bit] for bit in range(UNROLL.bit_length() - 1)] + rows[3:]
     rest += [[0, 0]] * max(0, lanes + warps - len(rest))  # more threads than there is work for
     return gl.DistributedLinearLayout(registers + rest[lanes + warps :], rest[:lanes], rest[lanes : lanes + warps], [],
                                       [ROWS, 4 * LANE * UNROLL])  # fmt: skip
+
+
+@gluon.constexpr_function
+def _w_layout(WIDTH, ROWS, WARPS):
+    """Layout of the copy of two tiles (ROWS, WIDTH) of words, one below the other, that are side by side in memory.
+
+    Neighbouring lanes take neighbouring 16 bytes of both: memory gives 128 bytes of a row faster than twice 64.
+    """
+    places = [[0, 4 << bit] for bit in range((WIDTH // 4).bit_length() - 1)] + [[ROWS, 0]]
+    places += [[1 << bit, 0] for bit in range(ROWS.bit_length() - 1)]
+    warps = 5 + WARPS.bit_length() - 1
+    return gl.DistributedLinearLayout([[0, 1], [0, 2], *places[warps:]], places[:5], places[5:warps], [],
+                                      [2 * ROWS, WIDTH])  # fmt: skip
+
+
+@gluon.jit
+def _copy_w(slot, pointers, at, half, turn, turns, words, WIDTH: gl.constexpr, EVEN: gl.constexpr):
+    """Start the copy of the weight's words for a turn and the one after it, zeros past the last turn and past K."""
+    if EVEN:
+        mask = turn + half < turns
+    else:
+        mask = (turn + half < turns) & (at + turn * WIDTH < words)
+    async_copy.async_copy_global_to_shared(slot, pointers + turn * WIDTH, mask=mask)
+
+
+@gluon.jit
+def _copy_x(slot, pointers, at, m, M, turn, turns, words, WIDTH: gl.constexpr, EVEN: gl.constexpr):
+    """Start the copy of a turn's tile of x, words of two values, zeros past the last turn and past its edges."""
+    if EVEN:
+        mask = (m < M) & (turn < turns)
+    else:
+        mask = (m < M) & (at + turn * WIDTH < words) & (turn < turns)
+    async_copy.async_copy_global_to_shared(slot, pointers + turn * WIDTH, mask=mask)
 
 
 @gluon.jit
@@ -65,19 +96,12 @@ def _halved(words, ROWS: gl.constexpr, LANE_WORDS: gl.constexpr):
     return first.reshape([ROWS, 2 * LANE_WORDS]), last.reshape([ROWS, 2 * LANE_WORDS])
 
 
-@gluon.jit
-def _place(begin, turn, turns):
-    """Which step of K a turn takes: they go round from ``begin``. Past the last turn, any."""
-    at = begin + turn
-    return gl.where(at < turns, at, at - turns)
-
-
 @gluon.jit(do_not_specialize=["M"])
 def _warpgroups(x_ptr, w_ptr, scale_ptr, zero_ptr, bias_ptr, y_ptr, part_ptr, count_ptr, N, row_words, groups, split, M,
                 KIND: gl.constexpr, BF16: gl.constexpr, GROUP: gl.constexpr, ZERO: gl.constexpr, BIAS: gl.constexpr,
                 EVEN: gl.constexpr, ALIGN: gl.constexpr, PDL: gl.constexpr, FROZEN: gl.constexpr, SPLIT: gl.constexpr,
                 BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, LANE_WORDS: gl.constexpr, UNROLL: gl.constexpr,
-                WARPS: gl.constexpr, AHEAD: gl.constexpr, ROTATE: gl.constexpr):  # fmt: skip
+                WARPS: gl.constexpr, AHEAD: gl.constexpr):  # fmt: skip
     """y (M, N) = x (M, K) @ w (N, K).T * scale + bias; a program BLOCK_N rows of w and part ``split`` of K.
 
     The weight goes from memory through the registers, where it is widened, into wgmma as its left operand; x, the
@@ -93,7 +117,7 @@ def _warpgroups(x_ptr, w_ptr, scale_ptr, zero_ptr, bias_ptr, y_ptr, part_ptr, co
     X_WORDS: gl.constexpr = VALUES // 2  # of x, to a word of w
     W_TILE: gl.constexpr = word_layout(LANE_WORDS, UNROLL, 16, BLOCK_N, WARPS, 1, 1)
     X_TILE: gl.constexpr = _x_layout(KIND, LANE_WORDS * X_WORDS, UNROLL, BLOCK_M, WARPS)
-    W_COPY: gl.constexpr = gl.BlockedLayout([1, 4], [128 // WIDTH, WIDTH // 4], [WARPS, 1], [1, 0])
+    W_COPY: gl.constexpr = _w_layout(WIDTH, BLOCK_N, WARPS)
     S_COPY: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
     X_COPY: gl.constexpr = gl.BlockedLayout([1, 4], [256 // min(DEEP, 256), min(DEEP, 256) // 8], [WARPS, 1], [1, 0])
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_M, 16])
@@ -109,13 +133,13 @@ def _warpgroups(x_ptr, w_ptr, scale_ptr, zero_ptr, bias_ptr, y_ptr, part_ptr, co
     steps = (words + WIDTH - 1) // WIDTH
     first = steps * part // split
     turns = steps * (part + 1) // split - first
-    # Programs that run side by side begin at different places, so that they do not all want the same lines of x at once.
-    begin = tile * ROTATE % gl.maximum(turns, 1)
-    r = gl.expand_dims(gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, W_COPY)), 1)
-    w_at = gl.expand_dims(gl.arange(0, WIDTH, layout=gl.SliceLayout(0, W_COPY)), 0)
-    w_pointers = w_ptr + gl.minimum(tile * BLOCK_N + r, N - 1).to(gl.int64) * row_words * ALIGN + w_at
+    r = gl.expand_dims(gl.arange(0, 2 * BLOCK_N, layout=gl.SliceLayout(1, W_COPY)), 1)
+    w_turn = r // BLOCK_N
+    w_at = (first + w_turn) * WIDTH + gl.expand_dims(gl.arange(0, WIDTH, layout=gl.SliceLayout(0, W_COPY)), 0)
+    w_row = gl.minimum(tile * BLOCK_N + r % BLOCK_N, N - 1).to(gl.int64)
+    w_pointers = w_ptr + w_row * row_words * ALIGN + w_at
     x_m = gl.expand_dims(gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, X_COPY)), 1)
-    x_at = gl.expand_dims(gl.arange(0, DEEP // 2, layout=gl.SliceLayout(0, X_COPY)), 0)
+    x_at = first * (DEEP // 2) + gl.expand_dims(gl.arange(0, DEEP // 2, layout=gl.SliceLayout(0, X_COPY)), 0)
     x_pointers = x_ptr + x_m * (row_words * X_WORDS) * ALIGN + x_at
     s_row = gl.arange(0, BLOCK_N, layout=S_COPY)
     z_row = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, W_TILE))
@@ -125,34 +149,27 @@ def _warpgroups(x_ptr, w_ptr, scale_ptr, zero_ptr, bias_ptr, y_ptr, part_ptr, co
         s_pointers = scale_ptr + gl.minimum(tile * BLOCK_N + s_row, N - 1)
     if ZERO:
         z_pointers = zero_ptr + gl.minimum(tile * BLOCK_N + z_row, N - 1)
-    w_ring = gl.allocate_shared_memory(gl.int32, [AHEAD, BLOCK_N, WIDTH], gl.SwizzledSharedLayout(4, 1, 1, [1, 0]))
-    x_ring = gl.allocate_shared_memory(gl.int32, [AHEAD, BLOCK_M, DEEP // 2], gl.SwizzledSharedLayout(8, 1, 4, [1, 0]))
+    W_RING: gl.constexpr = gl.SwizzledSharedLayout(4, 1, 1, [1, 0])
+    X_RING: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 4, [1, 0])
+    w_ring = gl.allocate_shared_memory(gl.int32, [AHEAD // 2, 2 * BLOCK_N, WIDTH], W_RING)
+    x_ring = gl.allocate_shared_memory(gl.int32, [AHEAD, BLOCK_M, DEEP // 2], X_RING)
     s_ring = gl.allocate_shared_memory(gl.float32, [AHEAD, BLOCK_N], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     staged = gl.allocate_shared_memory(X_TYPE, [2, BLOCK_M, DEEP], gl.NVMMASharedLayout(128, 16, 2))
     if PDL and not FROZEN:
         gdc_wait()
-    for ahead in gl.static_range(AHEAD):
-        at = first + _place(begin, ahead, turns)
-        if EVEN:
-            w_mask = ahead < turns
-        else:
-            w_mask = (w_at + at * WIDTH < words) & (ahead < turns)
-        async_copy.async_copy_global_to_shared(w_ring.index(ahead), w_pointers + at * WIDTH, mask=w_mask)
-        if GROUP > 0:
-            s_pointer = s_pointers + gl.minimum(at * DEEP // GROUP, groups - 1) * N
-            async_copy.async_copy_global_to_shared(s_ring.index(ahead), s_pointer, mask=s_row >= 0)
+    for ahead in gl.static_range(0, AHEAD, 2):
+        _copy_w(w_ring.index(ahead // 2), w_pointers, w_at, w_turn, ahead, turns, words, WIDTH, EVEN)
+    if GROUP > 0:
+        for ahead in gl.static_range(AHEAD):
+            group = gl.minimum((first + ahead) * DEEP // GROUP, groups - 1)
+            async_copy.async_copy_global_to_shared(s_ring.index(ahead), s_pointers + group * N, mask=s_row >= 0)
     zero = 0
     if ZERO:
-        zero = load_group(z_pointers, first + begin, groups, N, True, DEEP, GROUP)
+        zero = load_group(z_pointers, first, groups, N, True, DEEP, GROUP)
     if PDL and FROZEN:
         gdc_wait()
     for ahead in gl.static_range(AHEAD):
-        at = first + _place(begin, ahead, turns)
-        if EVEN:
-            x_mask = (x_m < M) & (ahead < turns)
-        else:
-            x_mask = (x_m < M) & (x_at + at * (DEEP // 2) < words * X_WORDS) & (ahead < turns)
-        async_copy.async_copy_global_to_shared(x_ring.index(ahead), x_pointers + at * (DEEP // 2), mask=x_mask)
+        _copy_x(x_ring.index(ahead), x_pointers, x_at, x_m, M, ahead, turns, words * X_WORDS, DEEP // 2, EVEN)
         async_copy.commit_group()
     total = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, ACC)
     zeros = total
@@ -163,18 +180,18 @@ def _warpgroups(x_ptr, w_ptr, scale_ptr, zero_ptr, bias_ptr, y_ptr, part_ptr, co
     # Once at least, also for a part of no steps: where the loop may be passed by, ptxas serialises its MMAs.
     for pair in range(0, gl.maximum(turns, 1), 2):
         for turn in gl.static_range(2):
-            slot = (pair + turn) % AHEAD
-            async_copy.wait_group(AHEAD - 1)
-            low, high = halves(x_ring.index(slot).load(X_TILE), BF16)
+            now = pair + turn
+            async_copy.wait_group(AHEAD - 2 + turn)
+            low, high = halves(x_ring.index(now % AHEAD).load(X_TILE), BF16)
             buffer = staged.index(turn)
             buffer.store(in_order(gl.join(low, high), KIND, BLOCK_M, LANE_WORDS * VALUES, UNROLL))
-            w = w_ring.index(slot).load(W_TILE)
+            w_slot = w_ring.index(pair // 2 % (AHEAD // 2))
+            w = w_slot.slice(turn * BLOCK_N, BLOCK_N, dim=0).load(W_TILE)
             zero_now = zero
             if GROUP > 0:
-                scale = s_ring.index(slot).load(gl.SliceLayout(1, ACC))
+                scale = s_ring.index(now % AHEAD).load(gl.SliceLayout(1, ACC))
                 if ZERO:
-                    at = first + _place(begin, pair + turn + 1, turns)
-                    zero = load_group(z_pointers, at, groups, N, pair + turn + 1 < turns, DEEP, GROUP)
+                    zero = load_group(z_pointers, first + now + 1, groups, N, now + 1 < turns, DEEP, GROUP)
             if HALVED:
                 w, w_rest = _halved(w, BLOCK_N, LANE_WORDS)
                 if ZERO:
@@ -185,19 +202,15 @@ def _warpgroups(x_ptr, w_ptr, scale_ptr, zero_ptr, bias_ptr, y_ptr, part_ptr, co
             left = gl.convert_layout(left, LEFT)
             fence_async_shared()
             tl.debug_barrier()  # x is staged, and the ring's slot has been read by all
-            more = pair + turn + AHEAD < turns
-            at = first + _place(begin, pair + turn + AHEAD, turns)
-            if EVEN:
-                w_mask = more
-                x_mask = (x_m < M) & more
-            else:
-                w_mask = (w_at + at * WIDTH < words) & more
-                x_mask = (x_m < M) & (x_at + at * (DEEP // 2) < words * X_WORDS) & more
-            async_copy.async_copy_global_to_shared(w_ring.index(slot), w_pointers + at * WIDTH, mask=w_mask)
-            async_copy.async_copy_global_to_shared(x_ring.index(slot), x_pointers + at * (DEEP // 2), mask=x_mask)
+            if turn == 1:
+                _copy_w(w_slot, w_pointers, w_at, w_turn, pair + AHEAD, turns, words, WIDTH, EVEN)
             if GROUP > 0:
-                s_pointer = s_pointers + gl.minimum(at * DEEP // GROUP, groups - 1) * N
-                async_copy.async_copy_global_to_shared(s_ring.index(slot), s_pointer, mask=s_row >= 0)
+                group = gl.minimum((first + now + AHEAD) * DEEP // GROUP, groups - 1)
+                async_copy.async_copy_global_to_shared(
+                    s_ring.index(now % AHEAD), s_pointers + group * N, mask=s_row >= 0
+                )
+            x_slot = x_ring.index(now % AHEAD)
+            _copy_x(x_slot, x_pointers, x_at, x_m, M, now + AHEAD, turns, words * X_WORDS, DEEP // 2, EVEN)
             async_copy.commit_group()
             if GROUP > 0:
                 total += warpgroup_mma_wait(0, deps=[product]) * gl.expand_dims(scale_before, 1)
@@ -223,13 +236,22 @@ def _warpgroups(x_ptr, w_ptr, scale_ptr, zero_ptr, bias_ptr, y_ptr, part_ptr, co
 
 
 # (BLOCK_N, num_warps, UNROLL, AHEAD)
-_TILES = [(64, 4, 1, 2), (64, 4, 1, 4), (64, 4, 2, 2), (128, 8, 1, 2), (128, 8, 1, 4), (128, 8, 2, 2), (256, 16, 1, 2),
-          (256, 16, 1, 4)]  # fmt: skip
+_TILES = [(64, 4, 1, 4), (64, 4, 1, 6), (64, 4, 2, 4), (128, 8, 1, 4), (128, 8, 1, 6), (128, 8, 2, 4), (256, 16, 1, 4)]
+
+
+def _parts(tiles: int, steps: int, units: int) -> list[int]:
+    """In how many parts to cut K: the most that leave one, two or four programs to a multiprocessor."""
+    found = []
+    for each in (1, 2, 4):
+        able = [split for split in (1, 2, 3, 4, 6, 8, 12, 16) if tiles * split <= each * units and 2 * split <= steps]
+        found += [split for split in able[-1:] if split not in found]
+    return found or [1]
 
 
 class TritonWgmma(Fragments):
     """9 to 128 rows, layout nk, compute capability 9.0: x through shared memory, m64nMk16 on the tensor cores."""
 
+    version = 2
     function = _warpgroups
     words = (0, 1)
     most_rows = 128
@@ -254,32 +276,44 @@ class TritonWgmma(Fragments):
         found = [self.default_config(problem, device)]
         for tile in _TILES:
             config = self._config(problem, tile)
-            step = self.step_words(config) * PER_WORD[kind_of(problem)]
-            if step < 64:  # x is staged in rows of 128 bytes or more
+            if not self._fits(problem, device, config):
                 continue
-            for split in splits(-(-problem.n // tile[0]), problem.k // step, device.units):
+            for split in _parts(-(-problem.n // tile[0]), self._steps(problem, config), device.units):
                 if {**config, "split": split} not in found:
                     found.append({**config, "split": split})
         return found
 
     def default_config(self, problem: Problem, device: Device) -> Config:
-        """The tile that was best on an H200 (docs/measured.md)."""
-        if problem.weight.group_size:
-            block_n, warps, depth = (128, 8, 1) if problem.m <= 32 or problem.n > 32 * device.units else (64, 4, 1)
-        else:
-            block_n, warps, depth = 64, 4, 2
-        config = self._config(problem, (block_n, warps, depth, 2))
-        step = self.step_words(config) * PER_WORD[kind_of(problem)]
-        parts = splits(-(-problem.n // block_n), problem.k // step, device.units)
-        return {**config, "split": parts[-1 if warps == 4 and problem.m <= 32 else 0]}
+        """The tile that was best on an H100 (docs/measured.md)."""
+        grouped, few = problem.weight.group_size, problem.m <= 32
+        for tile in [(128, 8, 2, 4) if few and not grouped else (128, 8, 1, 4), (64, 4, 2, 4)]:
+            config = self._config(problem, tile)
+            if self._fits(problem, device, config):
+                break
+        parts = _parts(-(-problem.n // tile[0]), self._steps(problem, config), device.units)
+        return {**config, "split": parts[min(1, len(parts) - 1) if problem.m <= 16 else 0]}
+
+    def _steps(self, problem: Problem, config: Config) -> int:
+        return -(-problem.k // (self.step_words(config) * PER_WORD[kind_of(problem)]))
+
+    def _fits(self, problem: Problem, device: Device, config: Config) -> bool:
+        """Whether x is staged in rows of 128 bytes or more, and all fits shared memory and the registers."""
+        block_m, block_n, ahead = self.block_m(problem.m), int(config["BLOCK_N"]), int(config["AHEAD"])
+        words = self.step_words(config)
+        deep = words * PER_WORD[kind_of(problem)]
+        shared = ahead * (4 * block_n * (words + 1) + 2 * block_m * deep) + 4 * block_m * deep
+        # 16 warps leave too few registers for many rows' sums, and the product of a group beside them.
+        crowded = config["WARPS"] == 16 and block_m > (16 if problem.weight.group_size else 64)
+        return deep >= 64 and shared + 1024 <= device.shared_bytes and not crowded
 
     def _config(self, problem: Problem, tile: tuple[int, int, int, int]) -> dict[str, int]:
         block_n, warps, depth, ahead = tile
         lane, group = lane_words(problem), problem.weight.group_size
         unroll = min(depth, group // (4 * lane * PER_WORD[kind_of(problem)])) if group else depth
-        return {"BLOCK_N": block_n, "LANE_WORDS": lane, "UNROLL": unroll, "WARPS": warps, "AHEAD": ahead,
-                "ROTATE": 1,
-                "num_warps": warps}  # fmt: skip
+        config = {"BLOCK_N": block_n, "LANE_WORDS": lane, "UNROLL": unroll, "WARPS": warps, "AHEAD": ahead,
+                  "num_warps": warps}  # fmt: skip
+        # Two programs of eight warps to a multiprocessor, where that costs no spills.
+        return {**config, "maxnreg": 128} if warps == 8 and not group and unroll * problem.m <= 64 else config
 
     def estimate_us(self, problem: Problem, device: Device, config: Config) -> float:
         """As measured on an H200: the bytes at a share of the bandwidth that falls with the rows of x, and a start."""
