@@ -31,7 +31,7 @@ from ._gluon import (
     word_layout,
 )
 from ._triton import gdc_launch_dependents, gdc_wait
-from .base import Config, time_us
+from .base import Config
 
 
 @gluon.constexpr_function
@@ -239,13 +239,13 @@ def _warpgroups(x_ptr, w_ptr, scale_ptr, zero_ptr, bias_ptr, y_ptr, part_ptr, co
 _TILES = [(64, 4, 1, 4), (64, 4, 1, 6), (64, 4, 2, 4), (128, 8, 1, 4), (128, 8, 1, 6), (128, 8, 2, 4), (256, 16, 1, 4)]
 
 
-def _parts(tiles: int, steps: int, units: int) -> list[int]:
-    """In how many parts to cut K: the most that leave one, two or four programs to a multiprocessor."""
-    found = []
-    for each in (1, 2, 4):
-        able = [split for split in (1, 2, 3, 4, 6, 8, 12, 16) if tiles * split <= each * units and 2 * split <= steps]
-        found += [split for split in able[-1:] if split not in found]
-    return found or [1]
+def _parts(tiles: int, steps: int, programs: int) -> int:
+    """In how many parts to cut K: the most that do not come to more than so many programs."""
+    return max(
+        split
+        for split in (1, 2, 3, 4, 6, 8, 12, 16)
+        if split == 1 or (tiles * split <= programs and 2 * split <= steps)
+    )
 
 
 class TritonWgmma(Fragments):
@@ -278,20 +278,33 @@ class TritonWgmma(Fragments):
             config = self._config(problem, tile)
             if not self._fits(problem, device, config):
                 continue
-            for split in _parts(-(-problem.n // tile[0]), self._steps(problem, config), device.units):
-                if {**config, "split": split} not in found:
-                    found.append({**config, "split": split})
+            for each in (1, 2, 4):
+                made = self._cut(problem, device, config, each)
+                if made not in found:
+                    found.append(made)
         return found
 
     def default_config(self, problem: Problem, device: Device) -> Config:
-        """The tile that was best on an H100 (docs/measured.md)."""
-        grouped, few = problem.weight.group_size, problem.m <= 32
-        for tile in [(128, 8, 2, 4) if few and not grouped else (128, 8, 1, 4), (64, 4, 2, 4)]:
-            config = self._config(problem, tile)
+        """The tile and the programs to a multiprocessor that were best on an H100 (docs/measured.md)."""
+        m, grouped = problem.m, problem.weight.group_size
+        wide, large = problem.n >= 256 * device.units, problem.n * problem.k >= (1 << 25 if m > 32 else 1 << 23)
+        each = 4 if m <= 16 else 2 if m <= 32 and not grouped else 1
+        if grouped:
+            tile = (64, 4, 1, 4) if m <= 16 else (128, 8, 1, 4) if large else (64, 4, 1, 6)
+        elif wide:
+            tile = (128, 8, 2, 4) if m <= 32 else (128, 8, 1, 4)
+        else:
+            tile = (128, 8, 2, 4) if m > 32 and large else (64, 4, 2, 4)
+        for able in (tile, (128, 8, 1, 4), (64, 4, 2, 4), (64, 4, 1, 4)):
+            config = self._config(problem, able)
             if self._fits(problem, device, config):
                 break
-        parts = _parts(-(-problem.n // tile[0]), self._steps(problem, config), device.units)
-        return {**config, "split": parts[min(1, len(parts) - 1) if problem.m <= 16 else 0]}
+        return self._cut(problem, device, config, each)
+
+    def _cut(self, problem: Problem, device: Device, config: dict[str, int], each: int) -> Config:
+        """A config with K cut so that about ``each`` programs come to a multiprocessor."""
+        tiles = -(-problem.n // config["BLOCK_N"])
+        return {**config, "split": _parts(tiles, self._steps(problem, config), each * device.units)}
 
     def _steps(self, problem: Problem, config: Config) -> int:
         return -(-problem.k // (self.step_words(config) * PER_WORD[kind_of(problem)]))
@@ -316,10 +329,11 @@ class TritonWgmma(Fragments):
         return {**config, "maxnreg": 128} if warps == 8 and not group and unroll * problem.m <= 64 else config
 
     def estimate_us(self, problem: Problem, device: Device, config: Config) -> float:
-        """As measured on an H200: the bytes at a share of the bandwidth that falls with the rows of x, and a start."""
-        slope = 0.036 if problem.weight.name == "int4" else 0.012
-        share = 1 / (1 + slope * problem.m)
-        return time_us(problem.bytes_moved, share * device.read_gbs, fixed_us=4.5 + 0.1 * problem.m)
+        """As measured on an H100: the bytes at 0.92 of the bandwidth or, for 132 multiprocessors, what a weight takes
+        to be widened and multiplied by M rows (0.18, 0.25, 0.39 ps for 16, 32, 64), and a start."""
+        bytes_us = problem.bytes_moved / (0.92 * device.read_gbs) * 1e-3
+        values_us = problem.n * problem.k * (0.11 + 0.0043 * problem.m) * 1e-6 * 132 / device.units
+        return 4.0 + 0.06 * problem.m + max(bytes_us, values_us)
 
     def reduction(self, problem: Problem, config: Config) -> str:
         step = f"{config['LANE_WORDS']} x {config['UNROLL']} words of {problem.weight} a step"
