@@ -182,6 +182,7 @@ def _warpgroups(x_ptr, w_ptr, scale_ptr, zero_ptr, bias_ptr, y_ptr, part_ptr, co
         for turn in gl.static_range(2):
             now = pair + turn
             async_copy.wait_group(AHEAD - 2 + turn)
+            tl.debug_barrier()  # what all have copied is here, and no MMA reads the buffer that is written next
             low, high = halves(x_ring.index(now % AHEAD).load(X_TILE), BF16)
             buffer = staged.index(turn)
             buffer.store(in_order(gl.join(low, high), KIND, BLOCK_M, LANE_WORDS * VALUES, UNROLL))
@@ -241,11 +242,8 @@ _TILES = [(64, 4, 1, 4), (64, 4, 1, 6), (64, 4, 2, 4), (128, 8, 1, 4), (128, 8, 
 
 def _parts(tiles: int, steps: int, programs: int) -> int:
     """In how many parts to cut K: the most that do not come to more than so many programs."""
-    return max(
-        split
-        for split in (1, 2, 3, 4, 6, 8, 12, 16)
-        if split == 1 or (tiles * split <= programs and 2 * split <= steps)
-    )
+    able = [split for split in (2, 3, 4, 6, 8, 12, 16) if tiles * split <= programs and 2 * split <= steps]
+    return able[-1] if able else 1
 
 
 class TritonWgmma(Fragments):
