@@ -60,7 +60,7 @@ def _x_layout(KIND, LANE, UNROLL, ROWS, WARPS):
 def _w_layout(WIDTH, ROWS, WARPS):
     """Layout of the copy of two tiles (ROWS, WIDTH) of words, one below the other, that are side by side in memory.
 
-    Neighbouring lanes take neighbouring 16 bytes of both: memory gives 128 bytes of a row faster than twice 64.
+    Neighbouring lanes take neighbouring 16 bytes of both, so that a row is asked for 128 bytes at a time.
     """
     places = [[0, 4 << bit] for bit in range((WIDTH // 4).bit_length() - 1)] + [[ROWS, 0]]
     places += [[1 << bit, 0] for bit in range(ROWS.bit_length() - 1)]
@@ -104,10 +104,10 @@ def _warpgroups(x_ptr, w_ptr, scale_ptr, zero_ptr, bias_ptr, y_ptr, part_ptr, co
                 WARPS: gl.constexpr, AHEAD: gl.constexpr):  # fmt: skip
     """y (M, N) = x (M, K) @ w (N, K).T * scale + bias; a program BLOCK_N rows of w and part ``split`` of K.
 
-    The weight goes from memory through the registers, where it is widened, into wgmma as its left operand; x, the
-    right one, through shared memory, put into the fragments' order on the way. While the tensor cores are at one
-    step the next is widened, and the weight's loads for the two after it are under way. The parts of K are summed
-    in order by the program that comes last.
+    Weight, scales and x come into rings in shared memory, AHEAD steps (an even number) before they are used. The
+    weight goes on through the registers, where it is widened, into wgmma as its left operand; x, the right one, into
+    shared memory again, in the fragments' order. While the tensor cores are at one step the next is widened. The
+    parts of K are summed in order by the program that comes last.
 
     row_words: words in a row of w, ALIGN of them taken for one. Rows past N repeat the last and are not stored.
     """
