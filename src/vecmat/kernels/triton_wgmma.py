@@ -230,6 +230,7 @@ def _warpgroups(x_ptr, w_ptr, scale_ptr, zero_ptr, bias_ptr, y_ptr, part_ptr, co
                 product = warpgroup_mma_wait(1, deps=[product])
     async_copy.wait_group(0)
     acc = warpgroup_mma_wait(0, deps=[product])
+    tl.debug_barrier()  # no MMA of any warp reads shared memory that is used again below
     if GROUP > 0:
         acc = total + acc * gl.expand_dims(scale_before, 1)
     store_tile(acc, tile, part, split, scale_ptr, bias_ptr, y_ptr, part_ptr, count_ptr, N, M,
