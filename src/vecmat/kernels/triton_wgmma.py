@@ -237,8 +237,9 @@ def _warpgroups(x_ptr, w_ptr, scale_ptr, zero_ptr, bias_ptr, y_ptr, part_ptr, co
                KIND != "dense" and GROUP == 0, BIAS, SPLIT, BLOCK_N, BLOCK_M, OUT)  # fmt: skip
 
 
-# (BLOCK_N, num_warps, UNROLL, AHEAD)
-_TILES = [(64, 4, 1, 4), (64, 4, 1, 6), (64, 4, 2, 4), (128, 8, 1, 4), (128, 8, 1, 6), (128, 8, 2, 4), (256, 16, 1, 4)]
+# (BLOCK_N, num_warps, UNROLL, AHEAD) that won somewhere on an H100, without groups and with them.
+_TILES = [(64, 4, 2, 4), (128, 8, 1, 4), (128, 8, 2, 4)]
+_GROUPED_TILES = [(64, 4, 1, 4), (64, 4, 1, 6), (64, 4, 2, 4), (128, 8, 1, 4)]
 
 
 def _parts(tiles: int, steps: int, programs: int) -> int:
@@ -273,7 +274,7 @@ class TritonWgmma(Fragments):
 
     def configs(self, problem: Problem, device: Device) -> Sequence[Config]:
         found = [self.default_config(problem, device)]
-        for tile in _TILES:
+        for tile in _GROUPED_TILES if problem.weight.group_size else _TILES:
             config = self._config(problem, tile)
             if not self._fits(problem, device, config):
                 continue
@@ -309,14 +310,12 @@ class TritonWgmma(Fragments):
         return -(-problem.k // (self.step_words(config) * PER_WORD[kind_of(problem)]))
 
     def _fits(self, problem: Problem, device: Device, config: Config) -> bool:
-        """Whether x is staged in rows of 128 bytes or more, and all fits shared memory and the registers."""
+        """Whether x is staged in rows of 128 bytes or more, and all fits shared memory."""
         block_m, block_n, ahead = self.block_m(problem.m), int(config["BLOCK_N"]), int(config["AHEAD"])
         words = self.step_words(config)
         deep = words * PER_WORD[kind_of(problem)]
         shared = ahead * (4 * block_n * (words + 1) + 2 * block_m * deep) + 4 * block_m * deep
-        # 16 warps leave too few registers for many rows' sums, and the product of a group beside them.
-        crowded = config["WARPS"] == 16 and block_m > (16 if problem.weight.group_size else 64)
-        return deep >= 64 and shared + 1024 <= device.shared_bytes and not crowded
+        return deep >= 64 and shared + 1024 <= device.shared_bytes
 
     def _config(self, problem: Problem, tile: tuple[int, int, int, int]) -> dict[str, int]:
         block_n, warps, depth, ahead = tile
