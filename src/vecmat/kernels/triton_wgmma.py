@@ -69,6 +69,13 @@ def _w_layout(WIDTH, ROWS, WARPS):
                                       [2 * ROWS, WIDTH])  # fmt: skip
 
 
+@gluon.constexpr_function
+def _copy_layout(WIDTH, WARPS):
+    """Layout of the copy of a tile WIDTH words wide, whole rows at a time."""
+    lanes = min(32, WIDTH // 4)
+    return gl.BlockedLayout([1, 4], [32 // lanes, lanes], [WARPS, 1], [1, 0])
+
+
 @gluon.jit
 def _copy_w(slot, pointers, at, half, turn, turns, words, WIDTH: gl.constexpr, EVEN: gl.constexpr):
     """Start the copy of the weight's words for a turn and the one after it, zeros past the last turn and past K."""
@@ -119,7 +126,7 @@ def _warpgroups(x_ptr, w_ptr, scale_ptr, zero_ptr, bias_ptr, y_ptr, part_ptr, co
     X_TILE: gl.constexpr = _x_layout(KIND, LANE_WORDS * X_WORDS, UNROLL, BLOCK_M, WARPS)
     W_COPY: gl.constexpr = _w_layout(WIDTH, BLOCK_N, WARPS)
     S_COPY: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
-    X_COPY: gl.constexpr = gl.BlockedLayout([1, 4], [256 // min(DEEP, 256), min(DEEP, 256) // 8], [WARPS, 1], [1, 0])
+    X_COPY: gl.constexpr = _copy_layout(DEEP // 2, WARPS)
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_M, 16])
     LEFT: gl.constexpr = gl.DotOperandLayout(0, ACC, 2)
     OUT: gl.constexpr = gl.BlockedLayout([8, 1], [8, 4], [BLOCK_N // 64, WARPS * 64 // BLOCK_N], [0, 1])
