@@ -24,6 +24,10 @@ from vecmat.settings import forget_plans  # noqa: E402
 DEVICES = ["cpu", *([pytest.param("cuda", marks=pytest.mark.gpu)] if CUDA else [])]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--problems", type=int, default=80, help="how many problems test_random_problems.py draws")
+
+
 @pytest.fixture(params=DEVICES)
 def device(request: pytest.FixtureRequest) -> str:
     """A device of this machine: the CPU, and the GPU where there is one."""

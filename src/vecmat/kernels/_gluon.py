@@ -241,7 +241,7 @@ def in_order(x, KIND: gl.constexpr, ROWS: gl.constexpr, LANE: gl.constexpr, UNRO
 def load_words(pointers, at, end, more, EVEN: gl.constexpr):
     """A tile of weight words, read once and evicted first; past ``end`` zeros, and nothing unless ``more``."""
     if EVEN:
-        return gl.load(pointers, mask=(at >= 0) & more, eviction_policy="evict_first")
+        return gl.load(pointers, mask=more, other=0, eviction_policy="evict_first")
     else:
         return gl.load(pointers, mask=(at < end) & more, other=0, eviction_policy="evict_first")
 
@@ -250,7 +250,13 @@ def load_words(pointers, at, end, more, EVEN: gl.constexpr):
 def load_group(pointers, step, groups, N, more, PER_STEP: gl.constexpr, GROUP: gl.constexpr):
     """Scales or zero points (groups, N) of the group that a step lies in."""
     group = gl.minimum(step * PER_STEP // GROUP, groups - 1)
-    return gl.load(pointers + group * N, mask=(group >= 0) & more)
+    return gl.load(pointers + group * N, mask=(group >= 0) & more, other=0)
+
+
+@gluon.jit
+def _part(block, part, split, BLOCK_N: gl.constexpr, BLOCK_M: gl.constexpr):
+    """A part of a tile's sums, zeros past the last."""
+    return gl.load(block + part * (BLOCK_N * BLOCK_M), mask=part < split, other=0.0, cache_modifier=".cg")
 
 
 @gluon.jit
@@ -264,16 +270,27 @@ def join_parts(y, part_ptr, count_ptr, tile, part, split, n, m, BLOCK_N: gl.cons
     total = y
     if is_last:
         gl.store(count_ptr + tile, 0)
+        FEW: gl.constexpr = BLOCK_N * BLOCK_M <= 4096  # several loads under way at once, as registers allow
         total = gl.load(block, cache_modifier=".cg")
-        for other in range(1, split):
-            total += gl.load(block + other * (BLOCK_N * BLOCK_M), cache_modifier=".cg")
+        for other in range(1, split, 3 if FEW else 2):
+            first = gl.load(block + other * (BLOCK_N * BLOCK_M), cache_modifier=".cg")
+            second = _part(block, other + 1, split, BLOCK_N, BLOCK_M)
+            if FEW:
+                third = _part(block, other + 2, split, BLOCK_N, BLOCK_M)
+                total = total + first + second + third
+            else:
+                total = total + first + second
     return total, is_last
 
 
 @gluon.jit
 def store_tile(y, tile, part, split, scale_ptr, bias_ptr, y_ptr, part_ptr, count_ptr, N, M, SCALED: gl.constexpr,
-               BIAS: gl.constexpr, SPLIT: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_M: gl.constexpr):  # fmt: skip
-    """A tile (BLOCK_N, BLOCK_M) of sums into y (M, N): parts of K joined, scaled, the bias added, rounded once."""
+               BIAS: gl.constexpr, SPLIT: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_M: gl.constexpr,
+               OUT: gl.constexpr = None):  # fmt: skip
+    """A tile (BLOCK_N, BLOCK_M) of sums into y (M, N): parts of K joined, scaled, the bias added, rounded once.
+
+    OUT: the layout to store in, if not that of the sums.
+    """
     LAYOUT: gl.constexpr = y.type.layout
     n = gl.expand_dims(gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, LAYOUT)), 1)
     m = gl.expand_dims(gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, LAYOUT)), 0)
@@ -286,7 +303,15 @@ def store_tile(y, tile, part, split, scale_ptr, bias_ptr, y_ptr, part_ptr, count
         y *= gl.load(scale_ptr + gl.minimum(n, N - 1))
     if BIAS:
         y += gl.load(bias_ptr + gl.minimum(n, N - 1)).to(gl.float32)
-    gl.store(y_ptr + m.to(gl.int64) * N + n, y.to(y_ptr.dtype.element_ty), mask=(n < N) & mine)
+    y = y.to(y_ptr.dtype.element_ty)
+    if OUT is not None:
+        y = gl.convert_layout(y, OUT)
+        n = tile * BLOCK_N + gl.expand_dims(gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, OUT)), 1)
+        m = gl.expand_dims(gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, OUT)), 0)
+        mine = m < M
+        if SPLIT:
+            mine = mine & is_last
+    gl.store(y_ptr + m.to(gl.int64) * N + n, y, mask=(n < N) & mine)
 
 
 def kind_of(problem: Problem) -> str:
@@ -311,8 +336,9 @@ def splits(tiles: int, steps: int, units: int) -> list[int]:
 class Fragments(Kernel):
     """A kernel whose weight goes from memory into fragments: what it takes, and how it is launched.
 
-    A config has ``split``, ``num_warps`` and, in capitals, the last constants of ``function`` in their order. words:
-    which of its first two arguments, x and the weight, the function reads as words.
+    A config has ``split``, ``num_warps``, perhaps ``maxnreg`` (the registers a thread may have) and, in capitals, the
+    last constants of ``function`` in their order. words: which of its first two arguments, x and the weight, the
+    function reads as words.
     """
 
     function: ClassVar[Any]
@@ -371,7 +397,8 @@ class Fragments(Kernel):
                 **{name: value for name, value in config.items() if name.isupper()},
             }  # fmt: skip
             return Launch(self.function, device, constants, words=self.words, pdl=pdl,
-                          num_warps=int(config["num_warps"]))  # fmt: skip
+                          **{name: int(config[name]) for name in ("num_warps", "maxnreg") if name in config},
+                          )  # fmt: skip
 
         frozen, changing = launch(True), launch(False)
         fixed, blocks = (n, words // align, fmt.groups(problem.k), split), tiles * split * block_n * block_m
