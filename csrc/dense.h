@@ -67,11 +67,11 @@ template <class Kind> inline void take_row(const void* x, int type, int64_t at, 
     for (int64_t i = 0; i < k; i += Kind::STEP, to += apart) Kind::take(to, x, type, at + i, k - i);
 }
 
-// The sums of R rows of the weight, ``line`` elements apart, and M of x: out[m * BLOCK + r]. Meanwhile AHEAD rows of the
-// weight from ``next`` on are brought into the cache.
+// The sums of R rows of the weight, ``line`` elements apart, and M of x: out[m * BLOCK + r]. Meanwhile AHEAD rows of
+// the weight from ``next`` on are brought into the cache.
 template <class Kind, int R, int M, int AHEAD>
-__attribute__((noinline)) void tile(const typename Kind::Stored* w, int64_t line, const typename Kind::Taken* x, int64_t k,
-                                    float* out, const typename Kind::Stored* next) {
+__attribute__((noinline)) void tile(const typename Kind::Stored* w, int64_t line, const typename Kind::Taken* x,
+                                    int64_t k, float* out, const typename Kind::Stored* next) {
     typedef typename Kind::Vector Vector;
     constexpr int STEP = Kind::STEP;
     f32 acc[R][M] = {};
@@ -134,14 +134,16 @@ inline void tile_of(const Job<Kind>& job, int64_t number, int64_t column, float*
     out += row * BLOCK;
     switch (job.row(number + 1) - row) {
 #define VECMAT_TILE(M) \
-    case M: return tile<Kind, R, (M < MOST ? M : MOST), AHEAD>(w + column * line, line, x, call.spec->k, out, w + next * line);
+    case M:            \
+        return tile<Kind, R, (M < MOST ? M : MOST), AHEAD>(w + column * line, line, x, call.spec->k, out, w + next * line);
         VECMAT_TILE(1) VECMAT_TILE(2) VECMAT_TILE(3) VECMAT_TILE(4) VECMAT_TILE(5) VECMAT_TILE(6)
 #undef VECMAT_TILE
     }
 }
 
 // Rows [from, to) of the weight, R at a time, by all rows of x, AHEAD rows of the weight fetched beside each tile.
-template <class Kind, int R, int MOST, int AHEAD> inline void columns_of_y(const Job<Kind>& job, int64_t from, int64_t to) {
+template <class Kind, int R, int MOST, int AHEAD>
+inline void columns_of_y(const Job<Kind>& job, int64_t from, int64_t to) {
     const vecmat_dense_call& call = job.call;
     const int64_t bytes = R * call.spec->k * (int64_t)sizeof(typename Kind::Stored);
     // Rows that meet all of x before the next do: few while x itself stays in the second cache.

@@ -7,8 +7,8 @@
 namespace vecmat {
 namespace VECMAT_ISA {
 
-// The sum of a stretch of memory, by threads that each read a part of their own as four streams side by side: one stream
-// a thread gets less out of the memory. Nothing but the loads takes time.
+// The sum of a stretch of memory, by threads that each read a part of their own as four streams side by side: one
+// stream a thread gets less out of the memory. Nothing but the loads takes time.
 static int64_t read(const uint8_t* from, int64_t bytes, int threads) {
     constexpr int STREAMS = 4;
     const int64_t apart = bytes / (threads * STREAMS) / WIDTH * WIDTH;

@@ -233,6 +233,13 @@ inline f32 load_any(const void* from, int type, int64_t at, int64_t count) {
         default: return load_some((const fp16*)from + at, count);
     }
 }
+inline void store_any(void* to, int type, int64_t at, f32 value, int count) {
+    switch (type) {
+        case VECMAT_FP32: return store((float*)to + at, value, count);
+        case VECMAT_BF16: return store((bf16*)to + at, value, count);
+        default: return store((fp16*)to + at, value, count);
+    }
+}
 
 }  // namespace VECMAT_ISA
 }  // namespace vecmat

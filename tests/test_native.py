@@ -36,8 +36,9 @@ def products(
     return torch.randn(rows, k, generator=rng).to({"bf16": torch.bfloat16, "fp32": torch.float32}[x]), weight
 
 
-@needs_library
-def test_the_library_that_was_built_is_the_one_in_use() -> None:
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+def test_where_there_is_a_compiler_the_library_was_built_and_is_in_use() -> None:
+    assert native().isa, native().reason  # an install whose build fails goes on without it
     assert native().isa in native().isas
     assert native().isas[-1] == "portable"
     assert here("cpu").native == native().isa
