@@ -34,7 +34,7 @@ class Fallback(Kernel):
         return None
 
     def default_config(self, problem: Problem, device: Device) -> Config:
-        native16 = device.is_gpu or device.arch in ("avx512_bf16", "amx")
+        native16 = device.is_gpu or (problem.x == "bf16" and device.arch in ("avx512_bf16", "amx"))
         narrow = native16 and problem.m > 1 and problem.out == problem.x and problem.weight.name != problem.x
         return {"widen": problem.x == "fp32" or not narrow or bool(problem.compute)}
 
