@@ -14,6 +14,12 @@ from ..problem import DTYPES, Problem
 from ..weights import Weight
 from .base import Config, Kernel, Run, time_us
 
+# 1e12 operations a second and thread on bytes, for int8 and for int4 weights: 2048x2048, 32 rows, on a Zen 4
+# (docs/cpu.md). Where no instruction multiplies bytes by fours, 8-bit weights take twice the work of 4-bit ones.
+_RATES = {
+    "avx512_bf16": (0.40, 0.40), "avx512_vnni": (0.40, 0.40), "avx512": (0.10, 0.19), "avx2": (0.077, 0.13),
+    "portable": (0.008, 0.008),
+}  # fmt: skip
 _TYPES = {"fp32": 0, "bf16": 1, "fp16": 2}
 
 
@@ -70,7 +76,9 @@ class CpuPanels(Kernel):
         return None
 
     def estimate_us(self, problem: Problem, device: Device, config: Config) -> float:
-        return time_us(problem.bytes_moved, device.read_gbs, 0, 1, 6.0)
+        int8, int4 = _RATES.get(device.native, _RATES["portable"])
+        rate = (int8 if problem.weight.name == "int8" else int4) * device.units
+        return time_us(problem.bytes_moved, device.read_gbs, problem.flops * _digits(problem), rate, 6.0)
 
     def reduction(self, problem: Problem, config: Config) -> str:
         return f"int32 by groups of k, {_digits(problem)} digits, then fp32 in order"

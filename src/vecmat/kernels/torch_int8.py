@@ -62,7 +62,8 @@ class TorchInt8(Kernel):
             passes = 45.0 + 0.053 * problem.m * (problem.k + problem.n) / device.read_gbs  # several kernels of torch
             return time_us(problem.bytes_moved, 0.8 * device.read_gbs, problem.flops, 0.8 * device.tops8, passes)
         flops = problem.flops if problem.m > 1 else 0.0
-        return time_us(problem.bytes_moved, 0.85 * device.read_gbs, flops, device.tops8, 6.0)
+        rate = min(device.tops8, 0.075 * device.units)  # it widens to fp32, whatever else the processor has
+        return time_us(problem.bytes_moved, 0.85 * device.read_gbs, flops, rate, 6.0)
 
     def reduction(self, problem: Problem, config: Config) -> str:
         if problem.compute:
