@@ -37,6 +37,23 @@ template <class T> struct Exact {
     Exact& operator=(const Exact&) = delete;
 };
 
+// Rows of numbers ``line`` apart, in fp32 and in bf16; the last row ends the block.
+struct Matrix {
+    const int64_t rows, columns, line;
+    Exact<float> wide;
+    Exact<uint16_t> narrow;
+    Matrix(int64_t rows, int64_t columns, int64_t line)
+        : rows(rows), columns(columns), line(line), wide((rows - 1) * line + columns),
+          narrow((rows - 1) * line + columns) {
+        for (int64_t i = 0; i < (rows - 1) * line + columns; ++i) {
+            narrow.data[i] = to_bf16(number());
+            wide.data[i] = from_bf16(narrow.data[i]);
+        }
+    }
+    const void* as(int type) const { return type == VECMAT_FP32 ? (const void*)wide.data : narrow.data; }
+    double at(int64_t row, int64_t column) const { return wide.data[row * line + column]; }
+};
+
 static int64_t up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 struct Library {
@@ -46,6 +63,7 @@ struct Library {
     void (*pack)(const vecmat_panels*, const uint8_t*, int64_t, const float*, const uint8_t*);
     int64_t (*multiply)(const vecmat_panels*, const void*, int64_t, void*, const void*, int64_t, int64_t, int64_t,
                         int64_t, int64_t);
+    int64_t (*dense)(const vecmat_dense_spec*, const void*, int64_t, const void*, int64_t, void*, const void*, int64_t);
     void* handle;
     template <class F> void find(F& function, const char* name) {
         function = (F)dlsym(handle, name);
@@ -54,16 +72,26 @@ struct Library {
     explicit Library(const char* file) : handle(dlopen(file, RTLD_NOW)) {
         if (!handle) fprintf(stderr, "%s\n", dlerror()), exit(2);
         find(isa, "vecmat_isa"), find(use, "vecmat_use"), find(columns, "vecmat_columns"), find(pack, "vecmat_pack");
-        find(multiply, "vecmat_multiply");
+        find(multiply, "vecmat_multiply"), find(dense, "vecmat_dense");
     }
 };
 
 static long checked = 0, wrong = 0;
 
-// size: the sum of |x|^2 |w|^2 over the results, so that a sum that nearly cancels is not asked for more than the rest.
-static void compare(const char* what, const float* y, const std::vector<double>& truth, double size, double most) {
-    double error = 0;
-    for (size_t i = 0; i < truth.size(); ++i) error += (y[i] - truth[i]) * (y[i] - truth[i]);
+// Compares y (m, n) with x @ w + bias in double. The error may be ``most`` times the root of the sum of |x|^2 |w|^2
+// over the results, so that a sum that nearly cancels is not asked for more than the rest.
+static void compare(const char* what, const float* y, const Matrix& x, const std::vector<double>& w, int64_t n,
+                    const Matrix* bias, double most) {
+    double error = 0, size = 0;
+    for (int64_t i = 0; i < x.rows; ++i)
+        for (int64_t j = 0; j < n; ++j) {
+            double sum = bias ? bias->at(0, j) : 0.0, xx = sum * sum, ww = 1;
+            for (int64_t l = 0; l < x.columns; ++l) {
+                const double a = x.at(i, l), b = w[j * x.columns + l];
+                sum += a * b, xx += a * a, ww += b * b;
+            }
+            error += (y[i * n + j] - sum) * (y[i * n + j] - sum), size += xx * ww;
+        }
     ++checked;
     if (sqrt(error) <= most * sqrt(size)) return;
     if (++wrong <= 10) printf("%s: relative error %g, at most %g\n", what, sqrt(error / size), most);
@@ -98,37 +126,37 @@ static void quantised(const Library& library, const char* isa, int64_t n, int64_
             for (int type : {VECMAT_FP32, VECMAT_BF16})
                 for (int threads : {1, 2}) {
                     const bool biased = (m + digits + threads) % 2;
-                    const int64_t ldx = k + (m % 2);  // rows that are not side by side; the last one ends the block
-                    Exact<float> y(m * n), x((m - 1) * ldx + k), bias(n);
-                    Exact<uint16_t> x16((m - 1) * ldx + k), bias16(n);
-                    for (int64_t i = 0; i < (m - 1) * ldx + k; ++i) {
-                        x16.data[i] = to_bf16(number());
-                        x.data[i] = from_bf16(x16.data[i]);
-                    }
-                    for (int64_t i = 0; i < n; ++i) {
-                        bias16.data[i] = to_bf16(number());
-                        bias.data[i] = from_bf16(bias16.data[i]);
-                    }
-                    std::vector<double> truth(m * n);
-                    double size = 0;
-                    for (int64_t i = 0; i < m; ++i)
-                        for (int64_t j = 0; j < n; ++j) {
-                            double sum = biased ? bias.data[j] : 0.0, xx = sum * sum, ww = 1;
-                            for (int64_t l = 0; l < k; ++l) {
-                                const double a = x.data[i * ldx + l], b = w[j * k + l];
-                                sum += a * b, xx += a * a, ww += b * b;
-                            }
-                            truth[i * n + j] = sum, size += xx * ww;
-                        }
-                    const bool wide = type == VECMAT_FP32;
-                    const void* start = !biased ? nullptr : wide ? (const void*)bias.data : bias16.data;
-                    if (!library.multiply(&weight, wide ? (const void*)x.data : x16.data, ldx, y.data, start, m, type,
-                                          VECMAT_FP32, digits, threads))
+                    const Matrix x(m, k, k + m % 2), bias(1, n, n);
+                    Exact<float> y(m * n);
+                    if (!library.multiply(&weight, x.as(type), x.line, y.data, biased ? bias.as(type) : nullptr, m,
+                                          type, VECMAT_FP32, digits, threads))
                         fprintf(stderr, "no memory\n"), exit(2);
                     char what[160];
                     snprintf(what, sizeof what, "%s int%d:g%ld%s m%ld n%ld k%ld digits %d type %d threads %d", isa,
                              bits, (long)group, zeros ? ":zp" : "", (long)m, (long)n, (long)k, digits, type, threads);
-                    compare(what, y.data, truth, size, most[digits]);
+                    compare(what, y.data, x, w, n, biased ? &bias : nullptr, most[digits]);
+                }
+}
+
+static void dense(const Library& library, const char* isa, int64_t n, int64_t k) {
+    for (int64_t m : {1, 2, 3, 5, 7, 13, 50})
+        for (int x_type : {VECMAT_FP32, VECMAT_BF16})
+            for (int w_type : {VECMAT_FP32, VECMAT_BF16})
+                for (int threads : {1, 2}) {
+                    const bool biased = (m + x_type + threads) % 2;
+                    const Matrix x(m, k, k + m % 2), weight(n, k, k + w_type), bias(1, n, n);
+                    Exact<float> y(m * n);
+                    const vecmat_dense_spec spec = {n, k, x_type, w_type, VECMAT_FP32, threads};
+                    if (!library.dense(&spec, x.as(x_type), x.line, weight.as(w_type), weight.line, y.data,
+                                       biased ? bias.as(x_type) : nullptr, m))
+                        fprintf(stderr, "no memory\n"), exit(2);
+                    std::vector<double> w(n * k);
+                    for (int64_t i = 0; i < n; ++i)
+                        for (int64_t j = 0; j < k; ++j) w[i * k + j] = weight.at(i, j);
+                    char what[160];
+                    snprintf(what, sizeof what, "%s dense m%ld n%ld k%ld x %d w %d threads %d", isa, (long)m, (long)n,
+                             (long)k, x_type, w_type, threads);
+                    compare(what, y.data, x, w, n, biased ? &bias : nullptr, 1e-6);
                 }
 }
 
@@ -143,6 +171,7 @@ int main(int argc, char** argv) {
                 quantised(library, isa, n, k, 8, 32, false);
                 quantised(library, isa, n, k, 4, 32, false);
                 quantised(library, isa, n, k, 4, 64, true);
+                dense(library, isa, n, k);
             }
         printf("%s\n", isa);
     }

@@ -52,7 +52,7 @@ def test_as_a_module() -> None:
     [
         ([], ["run", "explain", "doctor", "--version"]),
         (["run"], ["MODEL", "--weights", "--group-size", "--dtype", "--prompt", "--max-new-tokens", "--device",
-                   "--untie", "--compute", "--compile", "--json", "int8", "int4", "fp8", "bf16"]),
+                   "--untie", "--fuse", "--compute", "--compile", "--json", "int8", "int4", "fp8", "bf16"]),
         (["explain"], ["--m", "--n", "--k", "--weights", "--group-size", "--x", "--out", "--layout", "--compute",
                        "--bias", "--device", "h200"]),
         (["doctor"], ["--json"]),

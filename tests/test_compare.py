@@ -202,6 +202,18 @@ def test_a_compiled_run_tells_so(llama: str, capsys: pytest.CaptureFixture[str])
     assert found["after"]["step_s"] > 0
 
 
+def test_fused_layers_are_told_as_the_products_that_run(llama: str, capsys: pytest.CaptureFixture[str]) -> None:
+    apart = run_json(capsys, llama, "--max-new-tokens", "6", *PROMPT)
+    fused = run_json(capsys, llama, "--fuse", "--max-new-tokens", "6", *PROMPT)
+    assert fused["fuse"] is True
+    assert fused["after"]["text"] == apart["after"]["text"]
+    assert fused["converted"] == apart["converted"] == LINEAR
+    assert fused["after"]["megabytes"] == pytest.approx(apart["after"]["megabytes"])
+    single = [row for row in fused["kernels"] if row["m"] == 1]
+    assert sum(row["layers"] for row in single) == 4 * LAYERS + 1
+    assert {"q_proj+", "gate_proj+"} <= {name for row in single for name in row["names"].split(", ")}
+
+
 def test_the_watcher_hears_both_texts(llama: str) -> None:
     model, loaded = models.load(models.find(llama), torch.float32, torch.device("cpu"), lambda done, total: None)
     told = Told()

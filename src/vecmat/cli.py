@@ -83,6 +83,7 @@ def _add_run(commands: Any) -> None:
         action="store_true",
         help="give a layer that shares its weight (a tied lm_head) a converted copy of its own",
     )
+    run.add_argument("--fuse", action="store_true", help="join layers with the same input (q, k, v; gate, up)")
     run.add_argument("--compute", choices=("int8", "fp8"), help="quantise activations too; this changes the numbers")
     run.add_argument(
         "--compile",
@@ -254,14 +255,14 @@ def _run(args: argparse.Namespace) -> None:
     began = _processors()
     found = compare.compare(
         model, tokenizer, args.weights, group_size=args.group_size, compute=args.compute, untie=args.untie,
-        compiled=args.compile, prompt=prompt, max_new_tokens=args.max_new_tokens, watcher=screen,
+        fuse=args.fuse, compiled=args.compile, prompt=prompt, max_new_tokens=args.max_new_tokens, watcher=screen,
     )  # fmt: skip
     used = [end - start for start, end in zip(began, _processors(), strict=True)]
     others = max(0.0, (used[0] - used[1]) / used[2])
     if args.json:
         asked = {"model": source.name, "device": where, "dtype": dtype, "weights": args.weights, "prompt": prompt,
                  "group_size": args.group_size, "compute": args.compute, "untie": args.untie,
-                 "compile": args.compile, "others_share": others}  # fmt: skip
+                 "fuse": args.fuse, "compile": args.compile, "others_share": others}  # fmt: skip
         print(json.dumps({**asked, **found.as_dict()}, indent=2))
     else:
         _print_comparison(_console(sys.stdout), found)

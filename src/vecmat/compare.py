@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .decoding import Compiled, Eager
+from .fusing import Part
 from .linear import Product
 from .models import Advance
 from .nn import Linear, convert, linear_layers
@@ -74,8 +75,8 @@ class Side:
 class KernelRow:
     """What ran for one kind of layer and m rows of x.
 
-    layers: their count. names: their last components. decided_by: the rung of the ladder. runner_up: the kernel with
-    the next lowest estimate, None if there is no other.
+    layers: their count. names: their last components; of joined layers the first's, with a plus. decided_by: the rung of
+    the ladder. runner_up: the kernel with the next lowest estimate, None if there is no other.
     """
 
     layers: int
@@ -140,6 +141,7 @@ def compare(
     group_size: int | None = None,
     compute: str | None = None,
     untie: bool = False,
+    fuse: bool = False,
     compiled: bool = False,
     prompt: str = PROMPT,
     max_new_tokens: int = 64,
@@ -147,8 +149,8 @@ def compare(
 ) -> Comparison:
     """The Comparison of a ``transformers`` causal language model with itself after ``convert``, which it goes through.
 
-    weights, group_size, compute, untie: as for ``vecmat.convert``. compiled: the converted model's steps go through
-    ``torch.compile`` (``decoding.Compiled``); the original's do not. prompt: goes through the tokenizer's chat
+    weights, group_size, compute, untie, fuse: as for ``vecmat.convert``. compiled: the converted model's steps go
+    through ``torch.compile`` (``decoding.Compiled``); the original's do not. prompt: goes through the tokenizer's chat
     template if it has one. Decoding is greedy; a short run before each timed one takes the costs of a first call
     (packed weights, compiled kernels) out of its figures. A model of up to ``MOST_KEPT_MB`` is then timed with its
     original and its converted layers in turns, and these times are the ones reported.
@@ -167,7 +169,7 @@ def compare(
     before, logits = _measure(model, eager, tokenizer, ids, max_new_tokens, passage, "before", watcher)
     with watcher.stage(f"converting to {weights}") as advance:
         convert(
-            model, weights, group_size=group_size, compute=compute, untie=untie,
+            model, weights, group_size=group_size, compute=compute, untie=untie, fuse=fuse,
             progress=lambda name, done, total: advance(done, total),
         )  # fmt: skip
     with watcher.stage("packing weights"), _recorded(model) as shapes:
@@ -305,11 +307,11 @@ def _warm_up(decode: Decode, ids: Tensor) -> None:
 
 @contextlib.contextmanager
 def _recorded(model: nn.Module) -> Iterator[dict[str, set[tuple[int, torch.dtype]]]]:
-    """Context that yields, by layer name, the (rows of x, dtype) that each ``vecmat.Linear`` is called with."""
+    """Context that yields, by layer name, the (rows of x, dtype) that each product of vecmat is called with."""
     shapes: dict[str, set[tuple[int, torch.dtype]]] = {}
     hooks = []
     for name, module in model.named_modules():
-        if isinstance(module, Linear):
+        if isinstance(module, Product) and not isinstance(module, Part):
 
             def record(module: nn.Module, args: tuple[Tensor, ...], name: str = name) -> None:
                 shapes.setdefault(name, set()).add((args[0].numel() // args[0].shape[-1], args[0].dtype))
@@ -327,14 +329,14 @@ def kernel_rows(model: nn.Module, shapes: dict[str, set[tuple[int, torch.dtype]]
     alike: dict[tuple[Any, ...], list[str]] = {}
     for name, seen in shapes.items():
         layer = model.get_submodule(name)
-        assert isinstance(layer, Linear)
+        assert isinstance(layer, Product)
         about = (layer.out_features, layer.in_features, str(layer.format), layer.bias is not None, layer.compute)
         for m, dtype in seen:
             alike.setdefault((m, *about, dtype), []).append(name)
     rows = []
     for (m, n, k, weights, _, compute, dtype), names in alike.items():
         layer = model.get_submodule(names[0])
-        assert isinstance(layer, Linear)
+        assert isinstance(layer, Product)
         weight = layer.stored()
         with torch.inference_mode():
             told = explain(torch.empty(m, k, dtype=dtype, device=weight.device), weight, layer.bias, compute=compute)
@@ -342,7 +344,7 @@ def kernel_rows(model: nn.Module, shapes: dict[str, set[tuple[int, torch.dtype]]
         rows.append(
             KernelRow(
                 layers=len(names),
-                names=", ".join(dict.fromkeys(name.rpartition(".")[2] for name in names)),
+                names=", ".join(dict.fromkeys(_short(name) for name in names)),
                 n=n,
                 k=k,
                 weights=weights,
@@ -355,6 +357,12 @@ def kernel_rows(model: nn.Module, shapes: dict[str, set[tuple[int, torch.dtype]]
             )
         )
     return sorted(rows, key=lambda row: (row.m, -row.layers * row.n * row.k))
+
+
+def _short(name: str) -> str:
+    """The last component of a layer's name; "q_proj+" for the product that q_proj and its neighbours became."""
+    last = name.removesuffix(".joined").rpartition(".")[2]
+    return f"{last}+" if name.endswith(".joined") else last
 
 
 def _is_linear(module: nn.Module) -> bool:

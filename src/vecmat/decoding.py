@@ -1,4 +1,7 @@
-"""Greedy decoding of a ``transformers`` model: its own ``generate``, or a compiled step and a cache of fixed length."""
+"""Greedy decoding of a ``transformers`` model: its own ``generate``, or a compiled step and a cache of fixed length.
+
+Without gradients, but not in ``torch.inference_mode``: joined layers (``fusing.py``) need their x's version counter.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ class Eager:
 
     def __call__(self, ids: Tensor, max_new_tokens: int, streamer: Any) -> None:
         pad = self.model.generation_config.pad_token_id
-        with torch.inference_mode(), quiet(lambda done, total: None):
+        with torch.no_grad(), quiet(lambda done, total: None):
             self.model.generate(
                 input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, streamer=streamer,
                 do_sample=False, num_beams=1, temperature=None, top_p=None, top_k=None,
@@ -61,7 +64,7 @@ class Compiled:
         if self.device.type == "cpu":
             self.model.set_attn_implementation("eager")
         try:
-            with torch.inference_mode():
+            with torch.no_grad():
                 self._decode(ids, max_new_tokens, streamer)
         finally:
             self.model.set_attn_implementation(attention)
