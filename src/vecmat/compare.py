@@ -75,8 +75,8 @@ class Side:
 class KernelRow:
     """What ran for one kind of layer and m rows of x.
 
-    layers: their count. names: their last components; of joined layers the first's, with a plus. decided_by: the rung of
-    the ladder. runner_up: the kernel with the next lowest estimate, None if there is no other.
+    layers: their count. names: their last components; of joined layers the first's, with a plus. decided_by: the rung
+    of the ladder. runner_up: the kernel with the next lowest estimate, None if there is no other.
     """
 
     layers: int

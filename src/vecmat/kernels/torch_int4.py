@@ -58,7 +58,8 @@ class TorchInt4(Kernel):
             return 2.0 + per_row * problem.n * problem.k / device.read_gbs
         unpack = problem.n * problem.k / (6e3 * device.units)  # 12e9 weights a second on two AVX2 cores
         flops = problem.flops if problem.m > 1 else 0.0
-        compute = flops / (0.88 * device.tops8) * 1e-6
+        rate = min(0.88 * device.tops8, 0.08 * device.units)  # it widens to fp32, whatever else the processor has
+        compute = flops / rate * 1e-6
         return 6.0 + max(time_us(problem.bytes_moved, device.read_gbs), unpack, compute)
 
     def reduction(self, problem: Problem, config: Config) -> str:
