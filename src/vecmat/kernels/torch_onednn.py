@@ -18,14 +18,14 @@ _ARCHS = {"bf16": ("avx512_bf16", "amx")}
 
 
 class Packed:
-    """A weight as oneDNN wants it. version: torch's count of writes to the plain data it was made from."""
+    """A weight as oneDNN wants it, its one tensor. version: torch's count of writes to the data it was made from."""
 
-    __slots__ = ("tensor", "version")
+    __slots__ = ("tensors", "version")
 
     def __init__(self, weight: Weight) -> None:
         rows = weight.data.t() if weight.layout == "kn" else weight.data
         self.version = _writes(weight.data)
-        self.tensor = torch.ops.mkldnn._reorder_linear_weight(rows.detach().contiguous())
+        self.tensors = (torch.ops.mkldnn._reorder_linear_weight(rows.detach().contiguous()),)
 
 
 class TorchOnednn(Kernel):
@@ -75,7 +75,7 @@ class TorchOnednn(Kernel):
         multiply = torch.ops.mkldnn._linear_pointwise.default
 
         def run(x: Tensor, operand: Packed, bias: Tensor | None) -> Tensor:
-            y = multiply(flat(x).contiguous(), operand.tensor, bias, "none", [], "")
+            y = multiply(flat(x).contiguous(), operand.tensors[0], bias, "none", [], "")
             return finish(y, x, None)
 
         return run
