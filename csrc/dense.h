@@ -68,7 +68,7 @@ template <class Kind> inline void take_row(const void* x, int type, int64_t at, 
 }
 
 // The sums of R rows of the weight, ``line`` elements apart, and M of x: out[m * BLOCK + r]. Meanwhile AHEAD rows of
-// the weight from ``next`` on are brought into the cache.
+// the weight from ``next`` on are brought into the second cache.
 template <class Kind, int R, int M, int AHEAD>
 __attribute__((noinline)) void tile(const typename Kind::Stored* w, int64_t line, const typename Kind::Taken* x,
                                     int64_t k, float* out, const typename Kind::Stored* next) {
@@ -85,7 +85,7 @@ __attribute__((noinline)) void tile(const typename Kind::Stored* w, int64_t line
     Vector stored[R];
     for (; k >= STEP; k -= STEP, w += STEP) {
         for (int r = 0; r < R; ++r) stored[r] = Kind::stored(w + r * line);
-        for (int r = 0; r < AHEAD; ++r) __builtin_prefetch(next + r * line);
+        for (int r = 0; r < AHEAD; ++r) prefetch(next + r * line);
         next += STEP;
         add(stored);
     }
