@@ -385,7 +385,8 @@ def packed_megabytes(model: nn.Module) -> float:
 
 def _distinct(tensors: list[Tensor]) -> int:
     """Bytes of the tensors, one that shares another's memory counted once."""
-    return sum({(t.device, t.data_ptr()): t.nbytes for t in tensors}.values())
+    places = {id(t) if t.is_mkldnn else (t.device, t.data_ptr()): t.nbytes for t in tensors}  # oneDNN's have no address
+    return sum(places.values())
 
 
 def _tensors(pack: Any) -> Iterator[Tensor]:
