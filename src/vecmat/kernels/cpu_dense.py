@@ -74,11 +74,13 @@ class CpuDense(Kernel):
             except RuntimeError:  # torch.func's tensors have no memory of their own; torch can multiply them
                 return F.linear(x.to(out), weight.to(out), None if bias is None else bias.to(out))
             y = empty((*x.shape[:-1], n), dtype=out)
-            done = multiply(
-                address, places[0], rows.stride(0), places[1], weight.stride(0), y.data_ptr(), places[2], rows.shape[0]
-            )
-            if not done:
-                raise MemoryError(f"matmul: no memory to work in for {problem}")
+            m, ldx, to = rows.shape[0], rows.stride(0), y.data_ptr()
+            for first in range(0, m, most):
+                if not multiply(
+                    address, places[0] + first * ldx * x_size, ldx, places[1], weight.stride(0),
+                    to + first * n * y_size, places[2], min(most, m - first),
+                ):  # fmt: skip
+                    raise MemoryError(f"matmul: no memory to work in for {problem}")
             return y
 
         return run
