@@ -123,6 +123,7 @@ def test_a_packed_copy_goes_with_its_layer_and_the_state_stays_plain() -> None:
 
 def test_rows_of_x_that_are_taken_in_parts_have_the_bits_of_rows_taken_at_once(threads: int) -> None:
     x, w = torch.randn(400, 15000), torch.randn(9, 15000)  # 24 MB of x in fp32
+    needs("cpu_dense", x, w)
     y = vecmat.matmul(x, w, kernel="cpu_dense")
     for first in (0, 95, 96, 104, 300, 399):
         assert torch.equal(vecmat.matmul(x[first : first + 1], w, kernel="cpu_dense"), y[first : first + 1]), first
