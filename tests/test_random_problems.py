@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 
 import pytest
@@ -59,6 +60,7 @@ def test_problems_drawn_at_random_are_right_on_every_kernel_that_takes_them(
         bias = guarded(b.to(device, DTYPES[x_name])) if case["bias"] else None
         truth = Truth.of(x, weight, bias, **options)
         problem = asked(m, n, k, x_name, fmt, layout=case["layout"], compute=case["compute"], bias=case["bias"])
+        problem = dataclasses.replace(problem, packable=as_weight)
         for kernel in KERNELS:
             if interpreted(kernel, device) or refusal(kernel, problem, device) is not None:
                 continue

@@ -158,7 +158,7 @@ def test_torchs_own_path_is_a_candidate_and_its_time_is_recorded() -> None:
 
 
 def test_where_torch_has_no_kernel_for_the_format_its_own_path_is_the_fallback() -> None:
-    row = tuned(Problem(m=2, n=24, k=40, x="fp32", weight=Format("int8"), out="fp32")).row
+    row = tuned(Problem(m=2, n=24, k=40, x="fp32", weight=Format("fp8"), out="fp32")).row
     assert row.kernel == "fallback"
     assert row.torch_us == row.us
 
