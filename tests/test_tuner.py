@@ -212,11 +212,10 @@ def test_torchs_real_path_where_it_is_slow_is_bounded_and_what_is_told_of_it_tru
         return
     assert row.torch_us is None
     assert row.us is not None
-    assert row.torch_over_us > 0.5 * row.us  # timed at two moments, and the machine is not ours alone
     rows, weight = torch.ones(64, 1024, dtype=DTYPES[x]), torch.ones(1024, 4096, dtype=DTYPES[x])
     begin = time.perf_counter()
     F.linear(rows, weight.t())
-    assert (time.perf_counter() - begin) * 1e6 > row.torch_over_us
+    assert (time.perf_counter() - begin) * 1e6 > max(row.torch_over_us, row.us)  # it has truly lost
 
 
 @pytest.mark.parametrize(("fmt", "layout"), [*((fmt, "nk") for fmt in FORMATS), *((fmt, "kn") for fmt in DENSE)])

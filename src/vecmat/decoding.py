@@ -39,7 +39,7 @@ class Compiled:
 
     longest: tokens that the cache holds, prompt and answer; one length, so that the step is compiled once. On a GPU the
     step is a CUDA graph. On a CPU it takes attention written out in matrix products, which the compiler joins with what
-    is around them: for one query in 16 bits torch's own attention takes four times as long (docs/cpu.md).
+    is around them: for one query torch's own attention takes four times as long in bf16 as in fp32 (docs/cpu.md).
     """
 
     def __init__(self, model: Any, longest: int) -> None:
