@@ -1,10 +1,14 @@
 """A whole model's decoding speed on a GPU: ``python benchmarks/model.py --shapes llama-3-8b --weights bf16,int8,int4``.
 
 A Llama of the given shapes with random weights, made on the device, in bf16. Each kind of weights is decoded greedily
-through ``transformers`` with a static cache, the whole step compiled by ``torch.compile(mode="reduce-overhead",
-fullgraph=True)``: rounds of 60 steps from an almost empty cache, all of which attention reads all the same; the median
-round counts. Kinds: bf16, int8, int4, fp8 and the like are ``vecmat.convert`` of every linear layer, the head included;
-"torch" is the model as it is, also without compiling; "torchao-int8" its weight-only quantisation.
+through ``transformers`` with a static cache, the whole step, the choice of the token included, compiled by
+``torch.compile(mode="reduce-overhead", fullgraph=True)``: rounds of 60 steps from an almost empty cache, all of which
+attention reads all the same; the median round counts. Kinds: bf16, int8, int4, fp8 and the like are ``vecmat.convert``
+of every linear layer, the head included; "torch" is the model as it is, also without compiling; "torchao-int8" its
+weight-only quantisation.
+
+--attention packed makes rows of the queries that share a head of keys and values, as ``transformers`` does in eager
+mode; compiled, it repeats keys and values in memory first, four times for these shapes.
 
 Each kind has a process of its own; they build and compile at the same time, and are timed one after the other once all
 are ready. Then torch's profiler says where a step's time goes: in kernels of a kind (of two at once the first counts),
@@ -35,8 +39,11 @@ import torch
 import transformers
 from filelock import FileLock
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 from torch.profiler import ProfilerActivity, profile
-from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
+from transformers import AttentionInterface, AttentionMaskInterface, LlamaConfig, LlamaForCausalLM, StaticCache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 import vecmat
 
@@ -68,8 +75,24 @@ class Step:
     kernels: int
 
 
-def build(shapes: str, device: torch.device) -> Any:
+def packed_attention(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+                     scaling: float | None = None, **kwargs: Any) -> tuple[Tensor, None]:  # fmt: skip
+    """Attention of one token: the queries (B, heads, 1, D) that share a head of keys are its rows."""
+    batch, heads, length, depth = query.shape
+    if length > 1:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    rows = query.reshape(batch, key.shape[1], heads // key.shape[1], depth)
+    y = scaled_dot_product_attention(rows, key, value, attn_mask=attention_mask, scale=scaling)
+    return y.reshape(batch, 1, heads, depth), None
+
+
+AttentionInterface.register("packed", packed_attention)
+AttentionMaskInterface.register("packed", sdpa_mask)
+
+
+def build(shapes: str, device: torch.device, attention: str) -> Any:
     config = LlamaConfig(**SHAPES[shapes], max_position_embeddings=8192, tie_word_embeddings=False)
+    config._attn_implementation = attention
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
     with device:
@@ -87,30 +110,31 @@ class Decoder:
         names = inspect.signature(type(model).forward).parameters
         self.kwargs = {"cache" if "cache" in names else "past_key_values": self.cache, "use_cache": True}
         mode: Any = {"mode": "reduce-overhead"} if self.device.type == "cuda" else {}
-        self.run = torch.compile(self.logits, fullgraph=True, dynamic=False, **mode) if compiled else self.logits
+        self.run = torch.compile(self.step, fullgraph=True, dynamic=False, **mode) if compiled else self.step
 
-    def logits(self, token: Tensor, position: Tensor) -> Tensor:
-        return self.model(input_ids=token, position_ids=position, **self.kwargs).logits[:, -1]
+    def step(self, token: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The logits, the next token and its position."""
+        logits = self.model(input_ids=token, position_ids=position, **self.kwargs).logits[:, -1]
+        return logits, logits.argmax(-1, keepdim=True), position + 1
 
     def start(self) -> tuple[Tensor, Tensor]:
         """The cache holds one token, computed in eager mode: another to go on with, and its position."""
         self.cache.reset()
         token = torch.arange(self.batch, device=self.device)[:, None]
         position = torch.zeros_like(token)
-        self.logits(token, position)
+        self.step(token, position)
         return token + 1, position + 1
 
     def steps(self, count: int, token: Tensor, position: Tensor) -> Tensor:
         for _ in range(count):
             torch.compiler.cudagraph_mark_step_begin()
-            token = self.run(token, position).argmax(-1, keepdim=True)
-            position = position + 1
+            _, token, position = self.run(token, position)
         return token
 
     def differ(self) -> float:
         """How far the first step's logits are from eager ones, relative to their norm."""
-        eager = self.logits(*self.start()).float()
-        return float((self.run(*self.start()).float() - eager).norm() / eager.norm())
+        eager = self.step(*self.start())[0].float()
+        return float((self.run(*self.start())[0].float() - eager).norm() / eager.norm())
 
     def seconds(self) -> list[float]:
         """Of each round of STEPS."""
@@ -167,9 +191,9 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def prepared(kind: str, shapes: str, device: torch.device, fuse: bool) -> Any:
+def prepared(kind: str, shapes: str, device: torch.device, attention: str, fuse: bool) -> Any:
     """The model with a kind of weights."""
-    model = build(shapes, device)
+    model = build(shapes, device, attention)
     if kind == "torchao-int8":
         from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
@@ -186,13 +210,13 @@ def check(model: Any, decoder: Decoder, folder: Path) -> None:
     """
     with FileLock(folder / "check.lock"):  # one fp32 model at a time
         wide = Decoder(copy.deepcopy(model).float(), decoder.batch, compiled=False)
-        truth = wide.logits(*wide.start())
+        truth = wide.step(*wide.start())[0]
         del wide
         gc.collect()
         if decoder.device.type == "cuda":
             torch.cuda.empty_cache()
     eager, compiled = (
-        float((run(*decoder.start()).float() - truth).norm() / truth.norm()) for run in (decoder.logits, decoder.run)
+        float((run(*decoder.start())[0].float() - truth).norm() / truth.norm()) for run in (decoder.step, decoder.run)
     )
     print(f"batch {decoder.batch}: of the norm from fp32's logits: compiled {compiled:.4f}, eager {eager:.4f}")
     if not compiled <= 1.5 * eager + 0.01:
@@ -209,7 +233,7 @@ def turn() -> None:
 def run(args: argparse.Namespace, device: torch.device) -> None:
     """One kind of weights, the child's part: per batch size compiled and warm, then timed in turn; profiled at last."""
     begun = time.perf_counter()
-    model = prepared(args.weights, args.shapes, device, args.fuse)
+    model = prepared(args.weights, args.shapes, device, args.attention, args.fuse)
     rows: list[tuple[Decoder, dict[str, Any]]] = []
     for batch in map(int, args.batch.split(",")):
         decoders = [Decoder(model, batch, compiled=True)]
@@ -254,7 +278,8 @@ def measure(args: argparse.Namespace, decoder: Decoder, differs: float) -> dict[
         "device": torch.cuda.get_device_name() if decoder.device.type == "cuda" else "CPU",
         "vecmat": vecmat.__version__, "torch": torch.__version__, "transformers": transformers.__version__,
         "shapes": args.shapes, "weights": args.weights if decoder.compiled else f"{args.weights}-eager",
-        "fused": args.fuse and not args.weights.startswith("torch"), "batch": decoder.batch,
+        "fused": args.fuse and not args.weights.startswith("torch"), "attention": args.attention,
+        "batch": decoder.batch,
         "tokens_per_s": round(decoder.batch / step_s, 1), "step_ms": round(step_s * 1e3, 4),
         "fastest_ms": round(min(times) / STEPS * 1e3, 4), "slowest_ms": round(max(times) / STEPS * 1e3, 4),
         "differs": round(differs, 5), "memory_gb": round(memory / 1e9, 2),
@@ -266,6 +291,7 @@ def main() -> None:
     parser.add_argument("--shapes", choices=SHAPES, default="llama-3-8b")
     parser.add_argument("--weights", default="torch,bf16,int8,int4")
     parser.add_argument("--batch", default="1")
+    parser.add_argument("--attention", choices=("sdpa", "packed"), default="sdpa")
     parser.add_argument("--fuse", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--eager", action=argparse.BooleanOptionalAction, default=True, help="torch without compiling")
     parser.add_argument("--check", action="store_true", help="compare with fp32, too (minutes)")
@@ -277,8 +303,9 @@ def main() -> None:
         run(args, device)
         return
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-    print(f"{args.shapes} on {name}, torch {torch.__version__}, fuse={args.fuse}, cache {CACHE}")
+    print(f"{args.shapes} on {name}, torch {torch.__version__}, fuse={args.fuse}, {args.attention}, cache {CACHE}")
     options = ["--child", "--shapes", args.shapes, "--batch", args.batch, "--out", str(args.out)]
+    options += ["--attention", args.attention]
     options += ["--fuse" if args.fuse else "--no-fuse", "--eager" if args.eager else "--no-eager"]
     options += ["--check"] if args.check else []
     children = [
