@@ -14,7 +14,7 @@ from cases import DENSE, FORMATS, KERNELS, asked, computes, guarded, interpreted
 from oracle import Truth
 from vecmat.problem import DTYPES
 
-SEEDS = 8  # so that several workers share a long run
+SEEDS = 16  # so that several workers share a long run
 
 
 def drawn(rng: random.Random) -> dict[str, object]:
