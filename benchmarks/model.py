@@ -15,8 +15,7 @@ are ready. Then torch's profiler says where a step's time goes: in kernels of a 
 and in gaps between them. The first compiled logits are compared with eager ones; with --check both with those of the
 same weights in fp32.
 
-Tune first what the tables may lack; llama-3-8b's fused shapes are ``vecmat tune --shapes 4096,6144 4096,28672 --m 1,16
---weights bf16,int8,int4:g128``.
+Tune first what the tables may lack: ``vecmat tune --workload llama-3-8b-fused --m 1,16 --weights bf16,int8,int4:g128``.
 """
 
 from __future__ import annotations

@@ -186,7 +186,7 @@ def test_a_plot_is_a_png(tmp_path: Path) -> None:
     assert (tmp_path / "it.png").read_bytes().startswith(b"\x89PNG")
 
 
-NAMES = ["llama-3-8b", "llama-3-70b", "qwen2.5-0.5b", "smollm2-135m", "bert-base", "bert-large"]
+NAMES = ["llama-3-8b", "llama-3-8b-fused", "llama-3-70b", "qwen2.5-0.5b", "smollm2-135m", "bert-base", "bert-large"]
 
 
 @pytest.mark.parametrize("name", NAMES)
