@@ -35,8 +35,8 @@ except ImportError:  # a Triton built without NVIDIA's parts; the kernels then c
 
     gdc_wait = gdc_launch_dependents
 
-__all__ = ["LAUNCH_ERRORS", "Frozen", "Launch", "arrivals", "fitting", "gdc_launch_dependents", "gdc_wait", "overlaps",
-           "rejects_dense", "rejects_device", "tile_of"]  # fmt: skip
+__all__ = ["LAUNCH_ERRORS", "Frozen", "Launch", "arrivals", "fitting", "gdc_launch_dependents", "gdc_wait",
+           "join_parts", "overlaps", "rejects_dense", "rejects_device", "tile_of"]  # fmt: skip
 
 
 @triton.jit
@@ -47,6 +47,25 @@ def tile_of(pid, tiles_m, tiles_n, GROUP_M: tl.constexpr):
     height = min(tiles_m - first, GROUP_M)
     within = pid % (GROUP_M * tiles_n)
     return first + within % height, within // height
+
+
+@triton.jit
+def join_parts(acc, part_ptr, count_ptr, tile, part, split, place, SIZE: tl.constexpr):
+    """(the sum of a tile's parts of K, in order, in the program that comes last; whether this is the one).
+
+    place: where in a block of SIZE each element of the tile lies.
+    """
+    block = part_ptr + tile.to(tl.int64) * split * SIZE + place
+    tl.store(block + part * SIZE, acc)
+    tl.debug_barrier()  # every thread's part is stored before this program says that it is
+    is_last = tl.atomic_add(count_ptr + tile, 1, sem="acq_rel") == split - 1
+    tl.debug_barrier()
+    if is_last:
+        tl.store(count_ptr + tile, 0)
+        acc = tl.load(block, cache_modifier=".cg")
+        for other in range(1, split):
+            acc += tl.load(block + other * SIZE, cache_modifier=".cg")
+    return acc, is_last
 
 
 def rejects_dense(problem: Problem, device: Device, dtypes: Sequence[str] = ("fp16", "bf16")) -> str | None:
