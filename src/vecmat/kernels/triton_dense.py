@@ -158,8 +158,7 @@ class TritonDense(Kernel):
             return sum(abs(math.log2(int(have) / want)) for want, have in sides), warps_and_stages
 
         whole = [config for config in self.configs(problem, device) if "split" not in config]
-        config = min(whole, key=distance)
-        return _cut(problem, device, config, 2) if m <= 64 and device.kind == "cuda" else config
+        return min(whole, key=distance)
 
     def estimate_us(self, problem: Problem, device: Device, config: Config) -> float:
         if device.interpreted:
