@@ -49,7 +49,7 @@ struct Torch {
     PyObject *requires_grad, *epoch, *version, *ready;  // names of attributes
 };
 Torch torch;
-PyTypeObject *call_type, *site_type;
+PyTypeObject* call_type;
 
 // A product that is ready to be called: the plan of one Problem, and for quantised weights the one weight.
 struct Call {
@@ -196,23 +196,24 @@ PyObject* run_plain(PyObject* x, PyObject* weight, PyObject* bias) {
     return y;
 }
 
-// One product of a compiled graph: (x, data, scale, zero, bias) -> y. The weight is known by its tensors; for those that
-// it met, the Site has the Twin (src/vecmat/packs.py), weakly, and goes the long way whenever anything is not as it was.
+// A weight in a compiled graph, which is there as bare tensors: its Twin (src/vecmat/packs.py), held weakly, and how the
+// graph calls it. All of it is looked at in each call, and whatever is not as it was goes the long way.
 struct Known {
-    const void* address;  // of the data; null: nothing here
-    PyObject* twin;       // a weak reference
-    PyObject* tensors[3]; // the Twin's own data, scale and zero, which live as long as it
+    const void* address;   // of the data; null: nothing here
+    PyObject* twin;        // a weak reference
+    PyObject* tensors[3];  // the Twin's own data, scale and zero, which live as long as it
     long long versions[3];
+    PyObject *format, *k, *layout;
 };
 
-struct Site {
-    PyObject_HEAD
-    PyObject *slow, *compute;
+// By address, open addressing; room is a power of two.
+struct Weights {
     int64_t room, count;
-    Known* known;  // by address, open addressing; room is a power of two
+    Known* known;
 };
-
-constexpr int64_t MOST = 1 << 12;
+Weights weights;
+PyObject* slow;  // the long way, with the same arguments as ``matmul``
+constexpr int64_t MOST = 1 << 16;
 
 Known* place(Known* known, int64_t room, const void* address) {
     uint64_t at = ((uint64_t)address >> 6) * 0x9E3779B97F4A7C15u >> 20;
@@ -220,10 +221,14 @@ Known* place(Known* known, int64_t room, const void* address) {
     return known + (at & (room - 1));
 }
 
-void forget(Site* site) {
-    for (int64_t i = 0; i < site->room; ++i) Py_XDECREF(site->known[i].twin);
-    PyMem_Free(site->known);
-    site->known = nullptr, site->room = site->count = 0;
+void forget(const Known& known) {
+    Py_XDECREF(known.twin), Py_XDECREF(known.format), Py_XDECREF(known.k), Py_XDECREF(known.layout);
+}
+
+bool equal(PyObject* a, PyObject* b) {
+    const int same = a == b ? 1 : PyObject_RichCompareBool(a, b, Py_EQ);
+    if (same < 0) PyErr_Clear();
+    return same == 1;
 }
 
 bool same(const DLTensor& a, const DLTensor& b) {
@@ -245,67 +250,78 @@ bool unchanged(PyObject* given, PyObject* own, long long version) {
     return count == version;
 }
 
-// The Twin of these tensors (a new reference), null if it is not known or they have changed.
-PyObject* twin_of(Site* site, PyObject* const* tensors) {
+// The Call of the weight that ``matmul``'s arguments name (a new reference), null if it is not known or has changed.
+PyObject* call_of(PyObject* const* args) {
     DLTensor data;
-    if (!site->room || !look(tensors[0], &data) || !data.data) return nullptr;
-    Known found = *place(site->known, site->room, data.data);
-    PyObject* twin = found.address ? PyWeakref_GetObject(found.twin) : Py_None;
+    if (!weights.room || !look(args[1], &data) || !data.data) return nullptr;
+    const Known found = *place(weights.known, weights.room, data.data);
+    PyObject* twin = found.address ? PyWeakref_GetObject(found.twin) : nullptr;
     if (!twin || twin == Py_None) return nullptr;
     Py_INCREF(twin);
-    for (int i = 0; i < 3; ++i)
-        if (!unchanged(tensors[i], found.tensors[i], found.versions[i])) {
-            Py_DECREF(twin);
-            return nullptr;
+    bool good = equal(args[5], found.format) && equal(args[6], found.k) && equal(args[7], found.layout);
+    for (int i = 0; good && i < 3; ++i) good = unchanged(args[1 + i], found.tensors[i], found.versions[i]);
+    PyObject* call = good ? PyObject_GetAttr(twin, torch.ready) : nullptr;
+    Py_DECREF(twin);
+    if (call && Py_TYPE(call) == call_type) return call;
+    Py_XDECREF(call);
+    PyErr_Clear();
+    return nullptr;
+}
+
+// matmul(x, data, scale, zero, bias, format, k, layout, out_dtype, kernel, compute) -> y: the operator's own arguments.
+PyObject* matmul(PyObject*, PyObject* const* args, Py_ssize_t count) {
+    if (count == 11 && args[8] == Py_None && args[9] == Py_None) {
+        PyObject* y = nullptr;
+        if (PyObject* call = call_of(args)) {
+            y = run((Call*)call, args[0], args[1], args[4], args[10]);
+            Py_DECREF(call);
+        } else if (args[10] == Py_None && PyUnicode_GetLength(args[5]) == 0 &&
+                   PyUnicode_CompareWithASCIIString(args[7], "nk") == 0) {
+            y = run_plain(args[0], args[1], args[4]);
         }
-    return twin;
+        if (y != Py_None && (y || PyErr_Occurred())) return y;
+        Py_XDECREF(y);
+    }
+    PyObject* all = PyTuple_New(count);
+    if (!all) return nullptr;
+    for (Py_ssize_t i = 0; i < count; ++i) {
+        Py_INCREF(args[i]);
+        PyTuple_SetItem(all, i, args[i]);
+    }
+    PyObject* y = PyObject_Call(slow, all, nullptr);
+    Py_DECREF(all);
+    return y;
 }
 
-PyObject* site_run(PyObject*, PyObject* const* args, Py_ssize_t count) {
-    if (count != 6 || Py_TYPE(args[0]) != site_type) {
-        PyErr_SetString(PyExc_TypeError, "run_site: expected a Site, x, data, scale, zero and bias");
-        return nullptr;
+bool grow() {
+    if (weights.count * 4 < weights.room * 3) return true;
+    if (weights.room >= MOST) {  // weights come and go; those that are still there are met again
+        for (int64_t i = 0; i < weights.room; ++i) forget(weights.known[i]);
+        PyMem_Free(weights.known);
+        weights = {0, 0, nullptr};
     }
-    Site* site = (Site*)args[0];
-    if (PyObject* twin = twin_of(site, args + 2)) {
-        PyObject* call = PyObject_GetAttr(twin, torch.ready);
-        PyObject* y = Py_None;
-        if (call && Py_TYPE(call) == call_type) y = run((Call*)call, args[1], args[2], args[5], site->compute);
-        else PyErr_Clear(), Py_INCREF(y);
-        Py_XDECREF(call);
-        Py_DECREF(twin);
-        if (y != Py_None) return y;
-        Py_DECREF(y);
-    }
-    return PyObject_CallFunctionObjArgs(site->slow, args[1], args[2], args[3], args[4], args[5], nullptr);
-}
-
-bool grow(Site* site) {
-    if (site->count * 4 < site->room * 3) return true;
-    if (site->room >= MOST) forget(site);
-    const int64_t room = site->room ? 2 * site->room : 8;
+    const int64_t room = weights.room ? 2 * weights.room : 256;
     Known* known = (Known*)PyMem_Calloc(room, sizeof(Known));
     if (!known) return false;
-    for (int64_t i = 0; i < site->room; ++i)
-        if (site->known[i].address) *place(known, room, site->known[i].address) = site->known[i];
-    PyMem_Free(site->known);
-    site->known = known, site->room = room;
+    for (int64_t i = 0; i < weights.room; ++i)
+        if (weights.known[i].address) *place(known, room, weights.known[i].address) = weights.known[i];
+    PyMem_Free(weights.known);
+    weights.known = known, weights.room = room;
     return true;
 }
 
-// keep(site, twin): know this Twin from here on.
-PyObject* site_keep(PyObject*, PyObject* const* args, Py_ssize_t count) {
-    if (count != 2 || Py_TYPE(args[0]) != site_type) {
-        PyErr_SetString(PyExc_TypeError, "keep: expected a Site and a Twin");
+// keep(twin, format, k, layout): let ``matmul`` find this Twin.
+PyObject* keep(PyObject*, PyObject* const* args, Py_ssize_t count) {
+    if (count != 4) {
+        PyErr_SetString(PyExc_TypeError, "keep: expected a Twin, format, k and layout");
         return nullptr;
     }
-    Site* site = (Site*)args[0];
     static const char* const NAMES[] = {"data", "scale", "zero"};
     Known made{};
-    PyObject* versions = PyObject_GetAttrString(args[1], "versions");
+    PyObject* versions = PyObject_GetAttrString(args[0], "versions");
     bool good = versions != nullptr;
     for (int i = 0; good && i < 3; ++i) {
-        PyObject* tensor = PyObject_GetAttrString(args[1], NAMES[i]);
+        PyObject* tensor = PyObject_GetAttrString(args[0], NAMES[i]);
         PyObject* version = tensor ? PySequence_GetItem(versions, i) : nullptr;
         made.tensors[i] = tensor;
         made.versions[i] = version ? PyLong_AsLongLong(version) : -1;
@@ -314,41 +330,32 @@ PyObject* site_keep(PyObject*, PyObject* const* args, Py_ssize_t count) {
         Py_XDECREF(tensor);  // the Twin has it
     }
     Py_XDECREF(versions);
-    DLTensor data;
     if (!good) return nullptr;
+    DLTensor data;
     if (!look(made.tensors[0], &data) || !data.data) Py_RETURN_NONE;
     made.address = data.data;
-    made.twin = PyWeakref_NewRef(args[1], nullptr);
+    made.twin = PyWeakref_NewRef(args[0], nullptr);
     if (!made.twin) return nullptr;
-    if (!grow(site)) {
+    if (!grow()) {
         Py_DECREF(made.twin);
         return PyErr_NoMemory();
     }
-    Known* at = place(site->known, site->room, made.address);
-    if (!at->address) ++site->count;
-    PyObject* before = at->twin;
+    made.format = args[1], made.k = args[2], made.layout = args[3];
+    Py_INCREF(args[1]), Py_INCREF(args[2]), Py_INCREF(args[3]);
+    Known* at = place(weights.known, weights.room, made.address);
+    const Known before = *at;
+    if (!before.address) ++weights.count;
     *at = made;
-    Py_XDECREF(before);
+    forget(before);
     Py_RETURN_NONE;
 }
 
-PyObject* site_new(PyTypeObject* type, PyObject* args, PyObject*) {
-    PyObject *slow, *compute;
-    if (!PyArg_ParseTuple(args, "OO", &slow, &compute)) return nullptr;
-    Site* site = (Site*)((allocfunc)PyType_GetSlot(type, Py_tp_alloc))(type, 0);
-    if (!site) return nullptr;
-    Py_INCREF(slow), Py_INCREF(compute);
-    site->slow = slow, site->compute = compute;
-    return (PyObject*)site;
-}
-
-void site_free(PyObject* self) {
-    Site* site = (Site*)self;
-    forget(site);
-    Py_XDECREF(site->slow), Py_XDECREF(site->compute);
-    PyTypeObject* type = Py_TYPE(self);
-    ((freefunc)PyType_GetSlot(type, Py_tp_free))(self);
-    Py_DECREF(type);
+// set_slow(function): the long way.
+PyObject* set_slow(PyObject*, PyObject* given) {
+    Py_INCREF(given);
+    Py_XDECREF(slow);
+    slow = given;
+    Py_RETURN_NONE;
 }
 
 // run_plain(x, weight, bias), for a dense tensor (N, K) that is no Weight.
@@ -434,9 +441,10 @@ PyMethodDef METHODS[] = {
     {"run_plain", (PyCFunction)(void (*)(void))plain_run, METH_FASTCALL,
      "run_plain(x, weight, bias): the same for a dense tensor, with what keep_plain was given"},
     {"keep_plain", plain_keep, METH_O, "keep_plain(call): let run_plain find it"},
-    {"run_site", (PyCFunction)(void (*)(void))site_run, METH_FASTCALL,
-     "run_site(site, x, data, scale, zero, bias): y, by the site's slow function if need be"},
-    {"keep", (PyCFunction)(void (*)(void))site_keep, METH_FASTCALL, "keep(site, twin): let the site find it"},
+    {"matmul", (PyCFunction)(void (*)(void))matmul, METH_FASTCALL,
+     "matmul(x, data, scale, zero, bias, format, k, layout, out_dtype, kernel, compute): y, the long way if need be"},
+    {"keep", (PyCFunction)(void (*)(void))keep, METH_FASTCALL, "keep(twin, format, k, layout): let matmul find it"},
+    {"set_slow", set_slow, METH_O, "set_slow(function): the long way, with matmul's arguments"},
     {nullptr, nullptr, 0, nullptr},
 };
 
@@ -445,9 +453,6 @@ PyModuleDef MODULE = {PyModuleDef_HEAD_INIT, "_call", nullptr, -1, METHODS, null
 PyType_Slot CALL_SLOTS[] = {
     {Py_tp_new, (void*)call_new}, {Py_tp_dealloc, (void*)call_free}, {0, nullptr}};
 PyType_Spec CALL = {"vecmat._call.Call", sizeof(Call), 0, Py_TPFLAGS_DEFAULT, CALL_SLOTS};
-PyType_Slot SITE_SLOTS[] = {
-    {Py_tp_new, (void*)site_new}, {Py_tp_dealloc, (void*)site_free}, {0, nullptr}};
-PyType_Spec SITE = {"vecmat._call.Site", sizeof(Site), 0, Py_TPFLAGS_DEFAULT, SITE_SLOTS};
 
 }  // namespace
 
@@ -455,9 +460,6 @@ PyMODINIT_FUNC PyInit__call() {
     PyObject* module = PyModule_Create(&MODULE);
     if (!module) return nullptr;
     call_type = (PyTypeObject*)PyType_FromSpec(&CALL);
-    site_type = (PyTypeObject*)PyType_FromSpec(&SITE);
-    if (!call_type || !site_type || PyModule_AddObjectRef(module, "Call", (PyObject*)call_type) < 0 ||
-        PyModule_AddObjectRef(module, "Site", (PyObject*)site_type) < 0)
-        return nullptr;
+    if (!call_type || PyModule_AddObjectRef(module, "Call", (PyObject*)call_type) < 0) return nullptr;
     return module;
 }

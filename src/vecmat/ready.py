@@ -24,12 +24,14 @@ from .problem import DTYPES, Problem
 from .settings import scope
 
 try:
-    from ._call import Call, Site, keep, keep_plain, run, run_plain, run_site, setup
+    from ._call import Call, keep, keep_plain, matmul, run, run_plain, set_slow, setup
 except ImportError:
 
     def setup(*given: Any) -> None:
         """What stands for the module where it is not: nothing is ready."""
         raise ImportError("vecmat was installed without its module of calls")
+
+    matmul: Any = None
 
     def run(call: Any, x: Tensor, data: Tensor, bias: Tensor | None, compute: str | None) -> Tensor | None:
         """y, or None where the arguments are not what the call was made for."""
@@ -57,6 +59,14 @@ def able() -> bool:
     except (ImportError, TypeError, ValueError):  # no module, or another version of the protocol
         return False
     return True
+
+
+def direct_of(slow: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A function with the arguments of ``slow``, the operator's, that does the same; quickly for what ``keep`` knows."""
+    if matmul is None:
+        return slow
+    set_slow(slow)
+    return matmul  # type: ignore[no-any-return]
 
 
 def maker(direct: Direct | None, problem: Problem, threads: int) -> Ready | None:

@@ -1,0 +1,52 @@
+"""What Inductor writes for a product that is opaque to it: a plain call, where it would go through torch's dispatcher.
+
+A graph that Inductor compiled is Python code, in which a custom operator is called as ``torch.ops.vecmat._matmul.default``:
+arguments become IValues and Python objects again, 5 us and more of a call. ``torch.ops.vecmat.direct`` is the same function
+itself, so here the name in the code is changed and nothing else: the operator in the graph, its fake, its constraints on
+strides and everything that exporting and AOTInductor see stay torch's own.
+
+This reaches into Inductor, whose inside may change: where anything is not as expected, the dispatcher is called as ever.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from typing import Any
+
+import torch
+
+OPERATOR = "torch.ops.vecmat._matmul.default"
+DIRECT = "torch.ops.vecmat.direct"
+
+
+def shorten() -> None:
+    """Have Inductor call ``DIRECT`` from here on, if it is loaded; costs nothing the second time."""
+    inductor = sys.modules.get("torch._inductor.lowering")
+    if inductor is not None:
+        _shorten(inductor)
+
+
+@functools.lru_cache(maxsize=1)
+def _shorten(inductor: Any) -> bool:
+    operator = torch.ops.vecmat._matmul.default
+    try:
+        if operator in inductor.lowerings:
+            return False
+        constraint = inductor.tag_to_layout_constraint(inductor.get_layout_constraint_tag(operator, with_default=True))
+        inductor.make_fallback(operator, layout_constraint=constraint, warn=False)
+        lower = inductor.lowerings[operator]
+        inductor.lowerings[operator] = lambda *args, **kwargs: _renamed(lower(*args, **kwargs))
+    except (AttributeError, KeyError, TypeError, AssertionError):
+        return False
+    return True
+
+
+def _renamed(lowered: Any) -> Any:
+    """The same, its kernel's name in Python code changed where it is the operator's."""
+    node = getattr(getattr(lowered, "data", None), "data", None)
+    inputs = getattr(node, "inputs", None) or [None]
+    for kernel in (node, inputs[0]):  # a result of a kernel, or the kernel itself
+        if getattr(kernel, "python_kernel_name", None) == OPERATOR and len(getattr(kernel, "kwargs", ())) == 0:
+            kernel.python_kernel_name = DIRECT
+    return lowered
