@@ -250,7 +250,7 @@ def _vmap(op: Any) -> Any:
     return rule
 
 
-_OP = torch.ops.vecmat
+_OP: Any = torch.ops.vecmat
 _LIBRARY: Any = torch.library.Library("vecmat", "DEF")  # type: ignore[no-untyped-call]
 for _name, _schema in _SCHEMAS.items():
     _LIBRARY.define(_name + _schema, tags=torch.Tag.pt2_compliant_tag)

@@ -21,9 +21,9 @@ Run = Callable[[Tensor, Any, Tensor | None], Tensor]
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Direct:
-    """A Problem's product as one call of the CPU library, for a caller in C (``ready.py``) that needs no Python of ours.
+    """A Problem's product as one call of the CPU library, for a caller in C (``ready.py``).
 
-    function: "multiply", whose weight is the operand's ``address``, or "dense", which reads a dense tensor and ``spec``.
+    function: "multiply", whose weight is at the operand's ``address``, or "dense", which reads a tensor and ``spec``.
     x, w, y: element types as the library numbers them, w = -1 for packed ones. digits: bytes of an element of x.
     """
 
