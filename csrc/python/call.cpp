@@ -275,12 +275,16 @@ PyObject* matmul(PyObject*, PyObject* const* args, Py_ssize_t count) {
         if (PyObject* call = call_of(args)) {
             y = run((Call*)call, args[0], args[1], args[4], args[10]);
             Py_DECREF(call);
-        } else if (args[10] == Py_None && PyUnicode_GetLength(args[5]) == 0 &&
-                   PyUnicode_CompareWithASCIIString(args[7], "nk") == 0) {
+        } else if (args[10] == Py_None && PyUnicode_Check(args[5]) && PyUnicode_Check(args[7]) &&
+                   PyUnicode_GetLength(args[5]) == 0 && PyUnicode_CompareWithASCIIString(args[7], "nk") == 0) {
             y = run_plain(args[0], args[1], args[4]);
         }
         if (y != Py_None && (y || PyErr_Occurred())) return y;
         Py_XDECREF(y);
+    }
+    if (!slow) {
+        PyErr_SetString(PyExc_RuntimeError, "matmul: the long way is not set");
+        return nullptr;
     }
     PyObject* all = PyTuple_New(count);
     if (!all) return nullptr;
