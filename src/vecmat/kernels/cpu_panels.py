@@ -78,7 +78,7 @@ class CpuPanels(Kernel):
     def estimate_us(self, problem: Problem, device: Device, config: Config) -> float:
         int8, int4 = _RATES.get(device.native, _RATES["portable"])
         rate = (int8 if problem.weight.name == "int8" else int4) * device.units
-        return time_us(problem.bytes_moved, device.read_gbs, problem.flops * _digits(problem), rate, 6.0)
+        return time_us(problem.bytes_moved, device.read_gbs, problem.flops * _digits(problem), rate, 3.0)
 
     def reduction(self, problem: Problem, config: Config) -> str:
         return f"int32 by groups of k, {_digits(problem)} digits, then fp32 in order"
