@@ -344,3 +344,12 @@ def test_more_weights_than_the_table_begins_with_are_all_found() -> None:
         del gone, weight, found
         gc.collect()
         assert kept() is None, "the table keeps nothing alive"
+
+
+@needs_module
+def test_a_graph_that_becomes_cpp_keeps_the_operator() -> None:
+    model = vecmat.convert(Pair().bfloat16().requires_grad_(False), "int8")
+    x = torch.randn(1, 64).bfloat16()
+    with torch.no_grad():
+        y = torch.compile(model, fullgraph=True, options={"cpp_wrapper": True})(x)
+        torch.testing.assert_close(y, model(x))

@@ -36,7 +36,14 @@ def _shorten(inductor: Any) -> bool:
         constraint = inductor.tag_to_layout_constraint(inductor.get_layout_constraint_tag(operator, with_default=True))
         inductor.make_fallback(operator, layout_constraint=constraint, warn=False)
         lower = inductor.lowerings[operator]
-        inductor.lowerings[operator] = lambda *args, **kwargs: _renamed(lower(*args, **kwargs))
+        virtualized = inductor.V
+
+        def lowered(*args: Any, **kwargs: Any) -> Any:
+            made, graph = lower(*args, **kwargs), virtualized.graph
+            python = not (getattr(graph, "cpp_wrapper", True) or getattr(graph, "fx_wrapper", False))
+            return _renamed(made) if python else made
+
+        inductor.lowerings[operator] = lowered
     except (AttributeError, KeyError, TypeError, AssertionError):
         return False
     return True
