@@ -51,8 +51,10 @@ class Compiled:
         ends = model.generation_config.eos_token_id
         self.ends = frozenset([] if ends is None else [ends] if isinstance(ends, int) else ends)
         how: dict[str, Any] = {"mode": "reduce-overhead"}
-        if self.device.type == "cpu":  # the layers stay what they are, and asking each of them takes a millisecond
-            how = {"options": {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}}
+        if self.device.type == "cpu":  # the layers stay what they are; asking each of them, and for the sizes of each
+            # of its tensors, takes more than a millisecond
+            guards = torch.compiler.skip_guard_on_all_nn_modules_unsafe
+            how = {"options": {"guard_filter_fn": guards, "size_asserts": False}}
         takes = inspect.signature(model.forward).parameters
         self.cache_name = "cache" if "cache" in takes else "past_key_values"  # as older versions call it
         self.step = torch.compile(model.forward, fullgraph=True, dynamic=False, **how)

@@ -17,6 +17,7 @@ from .errors import NoKernelError, TableMissError, VecmatWarning
 from .kernels import registry
 from .kernels.base import Config, Kernel, Run
 from .problem import Problem
+from .ready import Ready, maker
 from .settings import scope, settings
 from .weights import Weight
 
@@ -39,6 +40,7 @@ class Plan:
     """What will run. decided_by: which rung of the ladder, in words. row: the table's row that decided, if one did.
 
     run: (x, operand, bias) -> y. operand: what ``run`` takes of a Weight (a dense tensor is its own operand).
+    ready: (operand, epoch) -> a Call that does the same for x of the problem's very M; None where there is none.
     """
 
     problem: Problem
@@ -48,6 +50,7 @@ class Plan:
     decided_by: str
     operand: Callable[[Weight], Any]
     run: Run
+    ready: Ready | None = None
     row: table.Row | None = None
 
     @property
@@ -148,6 +151,7 @@ def _plan(
         decided_by=decided_by,
         operand=operator.attrgetter("data") if plain else kernel.operand,
         run=kernel.bind(problem, device, candidate.config),
+        ready=maker(kernel.direct(problem, device, candidate.config), problem, device.units),
         row=row,
     )
 

@@ -4,6 +4,9 @@
 ``vecmat::linear``  the same for a dense weight; traced through: torch's own product, or ``vecmat::matmul``
 ``vecmat::grad_x``  the gradient of ``vecmat::matmul`` for x, dy @ weight
 
+``torch.ops.vecmat.direct`` is no operator but the function behind ``vecmat::_matmul``, for code that Inductor has
+written (``lowering.py``).
+
 ``format`` is a Format's text, and "" for a plain dense tensor, which may be anything of x's dtype, computed in the
 same graph too. What is called a Weight is stored: written to only as torch counts writes.
 
@@ -23,9 +26,11 @@ from torch.nn import functional as F
 from .device import Device, capturing
 from .dispatch import choose, remember
 from .errors import NoKernelError, TableMissError
-from .ops import check_call, check_compute, first
+from .lowering import shorten
+from .ops import check_call, check_compute, first, keep_ready
 from .packs import Twin, keep_for_replays, twin_of
 from .problem import DTYPE_NAMES, Format, Layout, Problem
+from .ready import direct_of, keep
 from .settings import scope
 from .weights import Weight, check_layout, dense_format
 
@@ -51,6 +56,8 @@ def _matmul(
     if x.requires_grad and torch.is_grad_enabled():  # no autograd above: ``_matmul`` was called, not ``matmul``
         raise RuntimeError("vecmat::_matmul has no gradient, and x requires one; this graph was made for inference")
     weight: Twin | None = None
+    here = scope()
+    epoch = here.epoch
     if format:
         weight = twin_of(Format.parse(format), data, scale, zero, k, layout)
         about: Any = weight.signature
@@ -60,9 +67,14 @@ def _matmul(
         x.shape, x.dtype, x.device, about, layout, False, out_dtype, kernel, compute, get_num_threads(),
         None if bias is None else (bias.shape, bias.dtype, bias.device),
     )  # fmt: skip
-    plan = scope().plans.get(key)
+    plan = here.plans.get(key)
     if plan is not None:
-        y = plan.run(x, data if weight is None else plan.operand(weight), bias)
+        operand = data if weight is None else plan.operand(weight)
+        if plan.ready is not None and out_dtype is None and kernel is None:
+            keep_ready(plan, data if weight is None else weight, operand, epoch)
+            if weight is not None:
+                keep(weight, format, k, layout)
+        y = plan.run(x, operand, bias)
     else:
         stored = data.detach() if weight is None else weight
         asked: Any = {"layout": layout, "out_dtype": out_dtype, "kernel": kernel, "compute": compute}
@@ -77,6 +89,7 @@ def _fake_matmul(
     x: Tensor, data: Tensor, scale: Tensor | None, zero: Tensor | None, bias: Tensor | None, format: str, k: int,
     layout: Layout, out_dtype: torch.dtype | None, kernel: str | None, compute: str | None,
 ) -> Tensor:  # fmt: skip
+    shorten()  # the compiler is at work: before it gets to this operator
     fmt, n, _ = _asked(x, data, bias, format, layout, out_dtype, k)
     check_compute(compute, fmt)
     return x.new_empty((*x.shape[:-1], n), dtype=out_dtype or x.dtype)
@@ -237,12 +250,13 @@ def _vmap(op: Any) -> Any:
     return rule
 
 
-_OP = torch.ops.vecmat
+_OP: Any = torch.ops.vecmat
 _LIBRARY: Any = torch.library.Library("vecmat", "DEF")  # type: ignore[no-untyped-call]
 for _name, _schema in _SCHEMAS.items():
     _LIBRARY.define(_name + _schema, tags=torch.Tag.pt2_compliant_tag)
+_OP.direct = direct_of(_matmul)
 for _name in ("matmul", "_matmul"):
-    _LIBRARY.impl(_name, _matmul, "CompositeExplicitAutograd")
+    _LIBRARY.impl(_name, _OP.direct, "CompositeExplicitAutograd")
     torch.library.register_fake(f"vecmat::{_name}", _fake_matmul, lib=_LIBRARY)
     torch.library.register_vmap(f"vecmat::{_name}", _vmap(getattr(_OP, _name)), lib=_LIBRARY)
 _LIBRARY.impl("matmul", _differentiable, "Autograd")

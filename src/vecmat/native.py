@@ -67,6 +67,8 @@ class Native:
         self.dense = self._lib.vecmat_dense
         self.dense.restype = c_int64
         self.dense.argtypes = [c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_void_p, c_int64]
+        functions = {"multiply": self.multiply, "dense": self.dense}
+        self.addresses = {name: ctypes.cast(function, c_void_p).value for name, function in functions.items()}
         while name := self._lib.vecmat_isa(len(self.isas)):
             self.isas.append(name.decode())
         wanted = os.environ.get(CAP) or self.isas[0]

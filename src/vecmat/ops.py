@@ -13,6 +13,7 @@ from torch.compiler import is_compiling
 from .device import Device
 from .dispatch import Candidate, Plan, candidates, choose, first_run
 from .problem import DTYPE_NAMES, Format, Layout, Problem
+from .ready import keep_plain, run, run_plain
 from .settings import scope
 from .weights import Signature, Weight, check_layout, dense_format
 
@@ -44,8 +45,17 @@ def matmul(
     """
     if is_compiling():
         return _traced(x, weight, bias, layout, out_dtype, kernel, compute)
-    grad = is_grad_enabled()
     stored = isinstance(weight, Weight)
+    common = out_dtype is None and kernel is None and layout == "nk"
+    if common:
+        if isinstance(weight, Weight):
+            y = None if weight.ready is None else run(weight.ready, x, weight.data, bias, compute)
+        else:
+            y = None if compute is not None else run_plain(x, weight, bias)
+        if y is not None:
+            return y
+    grad, here = is_grad_enabled(), scope()
+    epoch = here.epoch
     try:
         if isinstance(weight, Weight):
             about: Any = weight.signature
@@ -57,11 +67,14 @@ def matmul(
             x.shape, x.dtype, x.device, about, layout, grad, out_dtype, kernel, compute, get_num_threads(),
             None if bias is None else (bias.shape, bias.dtype, bias.device),
         )  # fmt: skip
-        plan = scope().plans.get(key)
+        plan = here.plans.get(key)
     except (AttributeError, TypeError):  # something is no tensor, or not hashable: bind_problem says what
         plan = key = None
     if plan is not None:
-        return plan.run(x, plan.operand(weight) if stored else weight, bias)  # type: ignore[no-any-return]
+        operand = plan.operand(weight) if stored else weight
+        if common and plan.ready is not None:
+            keep_ready(plan, weight, operand, epoch)
+        return plan.run(x, operand, bias)  # type: ignore[no-any-return]
     return first(x, weight, bias, key, layout=layout, out_dtype=out_dtype, kernel=kernel, compute=compute)
 
 
@@ -71,6 +84,12 @@ def matmul_stored(x: Tensor, weight: Weight, bias: Tensor | None, compute: str |
     In a model every layer's weight drives Python's own data out of the cache, so each step here costs several times
     what a loop over one small layer shows (docs/measured.md).
     """
+    if weight.ready is not None:
+        y = run(weight.ready, x, weight.data, bias, compute)
+        if y is not None:
+            return y
+    here = scope()
+    epoch = here.epoch
     grad = is_grad_enabled() and (
         x.requires_grad or weight.data.requires_grad or (bias is not None and bias.requires_grad)
     )
@@ -78,10 +97,23 @@ def matmul_stored(x: Tensor, weight: Weight, bias: Tensor | None, compute: str |
         x.shape, x.dtype, x.device, weight.signature, grad, compute, get_num_threads(),
         None if bias is None else (bias.shape, bias.dtype, bias.device),
     )  # fmt: skip
-    plan = scope().plans.get(key)
+    plan = here.plans.get(key)
     if plan is not None:
-        return plan.run(x, plan.operand(weight), bias)  # type: ignore[no-any-return]
+        operand = plan.operand(weight)
+        if plan.ready is not None:
+            keep_ready(plan, weight, operand, epoch)
+        return plan.run(x, operand, bias)  # type: ignore[no-any-return]
     return first(x, weight, bias, key, compute=compute)
+
+
+def keep_ready(plan: Plan, weight: Tensor | Weight, operand: Any, epoch: object) -> None:
+    """Let the next call like this one go the short way. epoch: the scope's, from before the plan was looked up."""
+    assert plan.ready is not None
+    call = plan.ready(operand, epoch)
+    if isinstance(weight, Weight):
+        weight.ready = call
+    else:
+        keep_plain(call)
 
 
 def first(

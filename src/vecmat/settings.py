@@ -37,13 +37,17 @@ class Settings:
 
 
 class Scope:
-    """Settings and the plans chosen under them, so that the warm path is one context lookup and one dict lookup."""
+    """Settings and the plans chosen under them, so that the warm path is one context lookup and one dict lookup.
 
-    __slots__ = ("plans", "settings")
+    epoch: another object whenever plans are forgotten; who keeps something made of a plan keeps the epoch beside it.
+    """
+
+    __slots__ = ("epoch", "plans", "settings")
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.plans: dict[Any, Any] = {}
+        self.epoch = object()
 
 
 _SCOPES: dict[Settings, Scope] = {Settings(): Scope(Settings())}
@@ -57,6 +61,7 @@ def forget_plans() -> None:
     """Drop every memoised plan; the next call of each problem chooses again (after a table changed, say)."""
     for known in list(_SCOPES.values()):
         known.plans.clear()
+        known.epoch = object()
 
 
 class settings:

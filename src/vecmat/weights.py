@@ -66,7 +66,7 @@ class Weight:
     are finite and not zero.
     """
 
-    __slots__ = ("data", "format", "k", "layout", "n", "packs", "scale", "signature", "zero")
+    __slots__ = ("data", "format", "k", "layout", "n", "packs", "ready", "scale", "signature", "zero")
 
     def __init__(self, fmt: Format | str, data: Tensor, scale: Tensor | None = None, zero: Tensor | None = None, *,
                  k: int | None = None, layout: Layout = "nk") -> None:  # fmt: skip
@@ -90,6 +90,7 @@ class Weight:
         self.format, self.data, self.scale, self.zero = fmt, data, scale, zero
         self.n, self.k, self.layout = n, width if k is None else k, layout
         self.packs: dict[str, Any] = {}
+        self.ready: Any = None  # the last product with it that C can call (ready.py)
         self._check_scales()
         self.signature = Signature.intern(fmt, self.n, self.k, layout if fmt.dense else "nk", data.device)
 

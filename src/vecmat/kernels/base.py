@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import abc
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -16,6 +17,22 @@ from ..weights import Weight
 
 Config = Mapping[str, int | str | bool]
 Run = Callable[[Tensor, Any, Tensor | None], Tensor]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Direct:
+    """A Problem's product as one call of the CPU library, for a caller in C (``ready.py``).
+
+    function: "multiply", whose weight is at the operand's ``address``, or "dense", which reads a tensor and ``spec``.
+    x, w, y: element types as the library numbers them, w = -1 for packed ones. digits: bytes of an element of x.
+    """
+
+    function: Literal["multiply", "dense"]
+    spec: Any = None
+    x: int
+    w: int = -1
+    y: int
+    digits: int = 0
 
 
 class Kernel(abc.ABC):
@@ -60,6 +77,10 @@ class Kernel(abc.ABC):
         x may be strided; the operand is what ``operand(weight)`` returned, or a dense tensor in the problem's layout.
         The callable must work for every problem with the same ``key()`` and M in the same bucket.
         """
+
+    def direct(self, problem: Problem, device: Device, config: Config) -> Direct | None:
+        """The same product as a call of the CPU library, for the problem's very M; None if it is not one."""
+        return None
 
     def default_config(self, problem: Problem, device: Device) -> Config:
         """The config to use when nothing was tuned."""

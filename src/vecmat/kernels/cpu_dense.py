@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from ..device import Device
 from ..native import DenseSpec, native
 from ..problem import DTYPES, Problem
-from .base import Config, Kernel, Run, time_us
+from .base import Config, Direct, Kernel, Run, time_us
 
 _TYPES = {"fp32": 0, "bf16": 1, "fp16": 2}
 # 1e12 operations a second and thread, in fp32: 0.095 with AVX-512 (docs/cpu.md), the others by their registers' width.
@@ -54,13 +54,12 @@ class CpuDense(Kernel):
         return f"k in turn to the lanes of {isa}, {'pairs of bf16' if _pairs(problem, isa) else 'fp32'}"
 
     def bind(self, problem: Problem, device: Device, config: Config) -> Run:
-        multiply, empty = native().dense, torch.empty
+        multiply = native().dense
         n, k, out = problem.n, problem.k, DTYPES[problem.out]
-        types = _TYPES[problem.x], _TYPES[problem.weight.name], _TYPES[problem.out]
-        spec = DenseSpec(n, k, *types, device.units)
+        spec = _spec(problem, device)
         address = addressof(spec)
         x_size, y_size = DTYPES[problem.x].itemsize, out.itemsize
-        most = max(_FEWEST, _TAKEN // (k * (2 if _pairs(problem, device.native) else 4)))
+        most = _most(problem, device)
 
         def run(x: Tensor, weight: Tensor, bias: Tensor | None, spec: DenseSpec = spec) -> Tensor:
             rows = x if x.dim() == 2 else x.reshape(-1, k)
@@ -73,7 +72,7 @@ class CpuDense(Kernel):
                 places = rows.data_ptr(), weight.data_ptr(), None if start is None else start.data_ptr()
             except RuntimeError:  # torch.func's tensors have no memory of their own; torch can multiply them
                 return F.linear(x.to(out), weight.to(out), None if bias is None else bias.to(out))
-            y = empty((*x.shape[:-1], n), dtype=out)
+            y = torch.empty((*x.shape[:-1], n), dtype=out, device="cpu")  # whatever torch's default device is
             m, ldx, to = rows.shape[0], rows.stride(0), y.data_ptr()
             for first in range(0, m, most):
                 if not multiply(
@@ -84,6 +83,24 @@ class CpuDense(Kernel):
             return y
 
         return run
+
+    def direct(self, problem: Problem, device: Device, config: Config) -> Direct | None:
+        if problem.m > _most(problem, device):
+            return None
+        return Direct(
+            function="dense", spec=_spec(problem, device),
+            x=_TYPES[problem.x], w=_TYPES[problem.weight.name], y=_TYPES[problem.out],
+        )  # fmt: skip
+
+
+def _spec(problem: Problem, device: Device) -> DenseSpec:
+    types = _TYPES[problem.x], _TYPES[problem.weight.name], _TYPES[problem.out]
+    return DenseSpec(problem.n, problem.k, *types, device.units)
+
+
+def _most(problem: Problem, device: Device) -> int:
+    """Rows of x that one call takes."""
+    return max(_FEWEST, _TAKEN // (problem.k * (2 if _pairs(problem, device.native) else 4)))
 
 
 def _pairs(problem: Problem, isa: str) -> bool:

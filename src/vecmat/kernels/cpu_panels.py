@@ -12,7 +12,7 @@ from ..device import Device
 from ..native import Panels, native
 from ..problem import DTYPES, Problem
 from ..weights import Weight
-from .base import Config, Kernel, Run, time_us
+from .base import Config, Direct, Kernel, Run, time_us
 
 # 1e12 operations a second and thread on bytes, for int8 and for int4 weights: 2048x2048, 32 rows, on a Zen 4
 # (docs/cpu.md). Where no instruction multiplies bytes by fours, 8-bit weights take twice the work of 4-bit ones.
@@ -78,7 +78,7 @@ class CpuPanels(Kernel):
     def estimate_us(self, problem: Problem, device: Device, config: Config) -> float:
         int8, int4 = _RATES.get(device.native, _RATES["portable"])
         rate = (int8 if problem.weight.name == "int8" else int4) * device.units
-        return time_us(problem.bytes_moved, device.read_gbs, problem.flops * _digits(problem), rate, 6.0)
+        return time_us(problem.bytes_moved, device.read_gbs, problem.flops * _digits(problem), rate, 3.0)
 
     def reduction(self, problem: Problem, config: Config) -> str:
         return f"int32 by groups of k, {_digits(problem)} digits, then fp32 in order"
@@ -87,7 +87,7 @@ class CpuPanels(Kernel):
         return Packed(weight)
 
     def bind(self, problem: Problem, device: Device, config: Config) -> Run:
-        multiply, empty = native().multiply, torch.empty
+        multiply = native().multiply
         n, k, digits, threads = problem.n, problem.k, _digits(problem), device.units
         x_type, y_type, out = _TYPES[problem.x], _TYPES[problem.out], DTYPES[problem.out]
 
@@ -95,7 +95,7 @@ class CpuPanels(Kernel):
             rows = x if x.dim() == 2 else x.reshape(-1, k)
             if rows.stride(1) != 1:
                 rows = rows.contiguous()
-            y = empty((*x.shape[:-1], n), dtype=out)
+            y = torch.empty((*x.shape[:-1], n), dtype=out, device="cpu")  # whatever torch's default device is
             start = None if bias is None else (bias if bias.stride(0) == 1 else bias.contiguous())
             done = multiply(
                 operand.address, rows.data_ptr(), rows.stride(0), y.data_ptr(),
@@ -106,6 +106,9 @@ class CpuPanels(Kernel):
             return y
 
         return run
+
+    def direct(self, problem: Problem, device: Device, config: Config) -> Direct | None:
+        return Direct(function="multiply", x=_TYPES[problem.x], y=_TYPES[problem.out], digits=_digits(problem))
 
 
 def _digits(problem: Problem) -> int:

@@ -1,0 +1,355 @@
+"""Products that C calls: the same bits as the long way, taken when nothing stands against it, and only then."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import vecmat
+from cases import poisoned, stored
+from oracle import Truth
+from vecmat.native import native
+from vecmat.problem import DTYPES
+from vecmat.ready import able, run, run_plain
+from vecmat.settings import forget_plans
+
+pytestmark = pytest.mark.skipif(not native().isa, reason=native().reason or "-")
+
+FORMATS = ("int8", "int8:g64", "int4:g32", "int4:g32:zp", "fp32", "bf16", "fp16")
+
+
+def kernel_of(fmt: str) -> str:
+    return "cpu_panels" if fmt.startswith("int") else "cpu_dense"
+
+
+def problem(fmt: str, m: int = 3, n: int = 70, k: int = 96, x: str | None = None) -> tuple[Tensor, vecmat.Weight]:
+    """x (m, k) and a Weight (n, k) of a format; x of the weight's dtype or bf16."""
+    rng = torch.Generator().manual_seed(m * 1000 + n)
+    weight = stored(torch.randn(n, k, generator=rng), fmt, "nk", "cpu")
+    assert isinstance(weight, vecmat.Weight)
+    return torch.randn(m, k, generator=rng).to(DTYPES[x or (fmt if fmt in DTYPES else "bf16")]), weight
+
+
+def warm(x: Tensor, weight: vecmat.Weight, bias: Tensor | None = None, compute: str | None = None) -> Any:
+    """What is ready for these arguments after some calls."""
+    for _ in range(3):
+        vecmat.matmul(x, weight, bias, compute=compute)
+    return weight.ready
+
+
+@pytest.fixture(autouse=True)
+def own_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the CPU library's kernels can run anything, so that the sizes here, which are small, choose them."""
+    from vecmat.kernels import registry
+
+    for name, kernel in registry()[0].items():
+        if name not in ("cpu_panels", "cpu_dense", "fallback"):
+            monkeypatch.setattr(kernel, "rejects", lambda problem, device: "this test wants another kernel")
+    forget_plans()
+
+
+def test_the_module_was_built_where_the_library_was_and_this_torch_has_what_it_needs() -> None:
+    if not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
+        pytest.skip("torch before 2.10")
+    assert able()
+
+
+needs_module = pytest.mark.skipif(not able(), reason="no module of calls was built, or torch before 2.10")
+
+
+@needs_module
+@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("compute", [None, "int8"])
+@pytest.mark.parametrize("biased", [False, True])
+@torch.inference_mode()
+def test_it_gives_the_bits_of_the_long_way_and_writes_all_of_y(fmt: str, compute: str | None, biased: bool) -> None:
+    if compute and not fmt.startswith("int"):
+        pytest.skip("only integers")
+    for m, n, k in ((1, 1, 1), (1, 70, 96), (3, 33, 250), (17, 129, 64)):
+        for kind in ("fp32", "bf16", "fp16"):
+            if fmt in DTYPES and kind != fmt and m > 1:
+                continue  # a dense weight and x of another dtype: once is enough
+            x, weight = problem(fmt, m, n, k, kind)
+            bias = torch.randn(n).to(x.dtype) if biased else None
+            long = vecmat.matmul(x, weight, bias, kernel=kernel_of(fmt), compute=compute)
+            call = warm(x, weight, bias, compute)
+            with poisoned(m, n, x.dtype, "cpu"):
+                y = run(call, x, weight.data, bias, compute)
+            assert y is not None, (m, n, k, kind)
+            assert torch.equal(y, long)
+            assert Truth.of(x, weight, bias, compute=compute).verdict(y) is None
+
+
+@needs_module
+@pytest.mark.parametrize("fmt", ["fp32", "bf16"])
+@pytest.mark.parametrize("biased", [False, True])
+@torch.inference_mode()
+def test_a_plain_tensor_goes_the_same_way(fmt: str, biased: bool) -> None:
+    x, stored_weight = problem(fmt)
+    weight = stored_weight.data
+    bias = torch.randn(70).to(x.dtype) if biased else None
+    long = vecmat.matmul(x, weight, bias, kernel="cpu_dense")
+    for _ in range(2):
+        vecmat.matmul(x, weight, bias)
+    y = run_plain(x, weight, bias)
+    assert y is not None
+    assert torch.equal(y, long)
+    other = torch.randn_like(weight)  # of these sizes any will do: nothing of a tensor is kept
+    y = run_plain(x, other, bias)
+    assert y is not None
+    assert torch.equal(y, vecmat.matmul(x, other, bias, kernel="cpu_dense"))
+    assert run_plain(x, torch.randn(96, 70).to(x.dtype).t(), bias) is None, "its rows are not side by side"
+
+
+def shapes(x: Tensor) -> dict[str, Tensor]:
+    m, k = x.shape
+    wide = torch.randn(m, 2 * k).to(x.dtype)
+    return {
+        "one more dimension": x[None],
+        "two": x[:, None, None],
+        "rows of a wider matrix": wide[:, 4 : k + 4],
+        "every second column": wide[:, ::2],
+        "every second row": torch.randn(2 * m, k).to(x.dtype)[::2],
+        "expanded": x[:1].expand(m, k),
+        "swapped": torch.randn(m, 2, k).to(x.dtype).transpose(0, 1)[:1],
+        "transposed": torch.randn(k, m).to(x.dtype).t(),
+        "empty": x[:0],
+    }
+
+
+@needs_module
+@torch.inference_mode()
+def test_x_of_any_shape_and_strides_gives_the_same_numbers() -> None:
+    x, weight = problem("int8", m=4)
+    warm(x, weight)
+    for name, form in shapes(x).items():
+        warm(x, weight)
+        y = vecmat.matmul(form, weight)
+        assert y.shape == (*form.shape[:-1], 70), name
+        assert torch.equal(y, vecmat.matmul(form, weight, kernel="cpu_panels")), name
+
+
+@needs_module
+def test_it_answers_none_for_anything_but_what_it_was_made_for(threads: int) -> None:
+    x, weight = problem("int8")
+    bias = torch.randn(70).bfloat16()
+    with torch.no_grad():
+        call = warm(x, weight)
+        assert run(call, x, weight.data, None, None) is not None
+        for other in (x[:2], x.float(), x.half(), x[:, :95], x.t(), x.to("meta"), x.double(), x[0, 0], "x", None):
+            assert run(call, other, weight.data, None, None) is None
+        assert run(call, x, weight.data, bias, None) is None
+        assert run(call, x, weight.data, None, "int8") is None
+        torch.set_num_threads(1)
+        assert run(call, x, weight.data, None, None) is None
+        torch.set_num_threads(2)
+        with vecmat.settings(strict=True):
+            assert run(call, x, weight.data, None, None) is None
+        assert run(call, x, weight.data, None, None) is not None
+        biased = warm(x, weight, bias)
+        for other in (None, bias[:69], bias.float(), torch.randn(140).bfloat16()[::2], bias.to("meta")):
+            assert run(biased, x, weight.data, other, None) is None
+    grad = x.clone().requires_grad_()
+    assert run(biased, grad, weight.data, bias, None) is None
+    assert run(biased, x, weight.data, bias, None) is not None
+    with torch.no_grad():
+        assert run(biased, grad, weight.data, bias, None) is not None
+        forget_plans()
+        assert run(biased, x, weight.data, bias, None) is None
+    with pytest.raises(TypeError, match="expected a Call"):
+        run("call", x, weight.data, None, None)
+
+
+@needs_module
+def test_a_gradient_is_there_when_it_is_asked_for_after_calls_without_one() -> None:
+    x, weight = problem("fp32")
+    weight.data.requires_grad_()
+    with torch.no_grad():
+        call = warm(x, weight)
+        assert run(call, x, weight.data, None, None) is not None
+    assert run(call, x, weight.data, None, None) is None
+    vecmat.matmul(x, weight).sum().backward()
+    assert weight.data.grad is not None
+    assert vecmat.matmul(x.requires_grad_(), weight.data).requires_grad
+
+
+@needs_module
+@torch.inference_mode()
+def test_a_subclass_of_tensor_and_a_vmapped_x_go_the_long_way() -> None:
+    x, weight = problem("fp32")
+    call = warm(x, weight)
+    assert run(call, x.as_subclass(type("Mine", (Tensor,), {})), weight.data, None, None) is None
+    assert run(call, torch.nn.Parameter(x, requires_grad=False), weight.data, None, None) is not None
+    seen: list[Any] = []
+
+    def product(row: Tensor) -> Tensor:
+        seen.append(run(call, row[None].expand(3, -1), weight.data, None, None))
+        return vecmat.matmul(row[None], weight.data)
+
+    y = torch.func.vmap(product)(x)
+    assert seen == [None]
+    torch.testing.assert_close(y[:, 0], x @ weight.data.t())
+
+
+@needs_module
+def test_a_dense_weight_that_was_moved_or_replaced_is_read_where_it_is_now() -> None:
+    x, weight = problem("fp32")
+    with torch.no_grad():
+        warm(x, weight)
+        weight.data.data = torch.randn(70, 96)
+        assert torch.equal(vecmat.matmul(x, weight), vecmat.matmul(x, weight.data, kernel="cpu_dense"))
+        layer = vecmat.Linear.from_weight(problem("int8")[1])
+        other = problem("int8", n=70, k=96)[1].copy()
+        for _ in range(3):
+            layer(x.bfloat16())
+        layer.load_state_dict({"weight": -other.data, "weight_scale": other.scale})
+        negated = vecmat.Weight("int8", -other.data, other.scale)
+        assert torch.equal(layer(x.bfloat16()), vecmat.matmul(x.bfloat16(), negated))
+
+
+@needs_module
+@torch.inference_mode()
+def test_a_weight_goes_with_its_packed_copy_when_nobody_has_it() -> None:
+    x, weight = problem("int4:g32")
+    warm(x, weight)
+    copy = weakref.ref(next(iter(weight.packs.values())).tensors[0])
+    data = weakref.ref(weight.data)
+    del weight
+    gc.collect()
+    assert copy() is None
+    assert data() is None
+
+
+@needs_module
+@torch.inference_mode()
+def test_a_default_device_is_not_where_a_cpu_product_goes() -> None:
+    for fmt in ("int8", "fp32"):
+        x, weight = problem(fmt)
+        long = vecmat.matmul(x, weight)
+        torch.set_default_device("meta")
+        try:
+            found = [vecmat.matmul(x, weight) for _ in range(4)]
+        finally:
+            torch.set_default_device(None)
+        assert all(torch.equal(y, long) for y in found)
+
+
+def test_without_the_module_everything_works(python: Callable[..., str]) -> None:
+    code = (
+        "import sys, torch\n"
+        "sys.modules['vecmat._call'] = None\n"
+        "import vecmat\n"
+        "from vecmat.ready import able\n"
+        "w = vecmat.quantize(torch.randn(64, 96), 'int8')\n"
+        "x = torch.randn(2, 96)\n"
+        "y = [vecmat.matmul(x, w) for _ in range(4)]\n"
+        "z = torch.ops.vecmat.matmul(x, w.data, w.scale, None, None, 'int8', 96, 'nk', None, None, None)\n"
+        "print(able(), w.ready, all(torch.equal(y[0], other) for other in [*y, z]))"
+    )
+    assert python(code).strip() == "False None True"
+
+
+class Pair(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = torch.nn.Linear(64, 128, bias=False), torch.nn.Linear(128, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(torch.nn.functional.silu(self.up(x)))
+
+
+@needs_module
+@pytest.mark.parametrize("weights", ["int8", "int4", "bf16"])
+def test_code_of_inductor_calls_the_product_itself(weights: str) -> None:
+    from torch._inductor.utils import run_and_get_code
+
+    model = vecmat.convert(Pair().bfloat16().requires_grad_(False), weights)
+    compiled = torch.compile(model, fullgraph=True)
+    x = torch.randn(1, 64).bfloat16()
+    with torch.no_grad(), torch._inductor.config.patch(force_disable_caches=True):
+        _, codes = run_and_get_code(compiled, x)
+        assert sum(code.count("= torch.ops.vecmat.direct(") for code in codes) == 2
+        assert not any("= torch.ops.vecmat._matmul" in code for code in codes)
+        for _ in range(3):
+            torch.testing.assert_close(compiled(x), model(x))
+        twin_calls = [torch.ops.vecmat.direct, torch.ops.vecmat._matmul.default]
+        data = model.up.weight
+        parts = (data, getattr(model.up, "weight_scale", None), getattr(model.up, "weight_zero", None), None)
+        said = model.up.format.text, 64, "nk", None, None, None
+        first, second = (call(x, *parts, *said) for call in twin_calls)
+        assert torch.equal(first, second)
+        assert torch.equal(first, model.up(x))
+
+
+@needs_module
+def test_inductor_of_another_make_is_left_alone(python: Callable[..., str]) -> None:
+    code = (
+        "import torch, vecmat\n"
+        "import torch._inductor.compile_fx, torch._inductor.lowering as inductor\n"
+        "del inductor.tag_to_layout_constraint\n"  # as if a later version had none
+        "layer = vecmat.Linear(64, 64, weights='int8').requires_grad_(False)\n"
+        "with torch.no_grad():\n"
+        "    x = torch.randn(2, 64)\n"
+        "    print(torch.equal(torch.compile(layer)(x), layer(x)))\n"
+        "    print(torch.ops.vecmat._matmul.default in inductor.lowerings)"
+    )
+    assert python(code).split()[0] == "True"
+
+
+@needs_module
+def test_the_compiled_call_sees_what_became_of_a_weight() -> None:
+    rng = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 64, generator=rng).bfloat16()
+    said = "int8", 64, "nk", None, None, None
+
+    def direct(weight: vecmat.Weight) -> Tensor:
+        y: Tensor = torch.ops.vecmat.direct(x, weight.data, weight.scale, None, None, *said)
+        return y
+
+    with torch.no_grad():
+        weight = vecmat.quantize(torch.randn(70, 64, generator=rng), "int8")
+        for _ in range(4):
+            assert torch.equal(direct(weight), vecmat.matmul(x, weight))
+        weight.data.neg_()
+        assert torch.equal(direct(weight), vecmat.matmul(x, weight.copy()))
+        assert weight.scale is not None
+        weight.scale.mul_(2)
+        assert torch.equal(direct(weight), vecmat.matmul(x, weight.copy()))
+        weight.data.data = torch.ones_like(weight.data)  # other memory, the same object
+        assert torch.equal(direct(weight), vecmat.matmul(x, weight.copy()))
+        for _ in range(50):  # memory that comes back for another weight
+            weight = vecmat.quantize(torch.randn(70, 64, generator=rng), "int8")
+            for _ in range(3):
+                assert torch.equal(direct(weight), vecmat.matmul(x, weight))
+
+
+@needs_module
+def test_more_weights_than_the_table_begins_with_are_all_found() -> None:
+    x = torch.randn(1, 16)
+    with torch.no_grad():
+        weights = [vecmat.quantize(torch.randn(8, 16), "int8") for _ in range(700)]
+        want = [vecmat.matmul(x, weight) for weight in weights]
+        for _ in range(3):
+            for weight, y in zip(weights, want, strict=True):
+                found = torch.ops.vecmat.direct(x, weight.data, weight.scale, None, None, "int8", 16, "nk", *[None] * 3)
+                assert torch.equal(found, y)
+        gone = weights.pop()
+        kept = weakref.ref(gone.data)
+        del gone, weight, found
+        gc.collect()
+        assert kept() is None, "the table keeps nothing alive"
+
+
+@needs_module
+def test_a_graph_that_becomes_cpp_keeps_the_operator() -> None:
+    model = vecmat.convert(Pair().bfloat16().requires_grad_(False), "int8")
+    x = torch.randn(1, 64).bfloat16()
+    with torch.no_grad():
+        y = torch.compile(model, fullgraph=True, options={"cpp_wrapper": True})(x)
+        torch.testing.assert_close(y, model(x))
