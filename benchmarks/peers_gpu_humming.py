@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from contender import Absent, Build, Calls, Material, Rate
+from contender import FAILURES, Absent, Build, Calls, Material, Rate
 
 
 @functools.cache
@@ -77,24 +78,36 @@ CONTENDERS: dict[str, Build] = {
 }
 
 
+def _kernels(name: str, k: int, n: int, ms: Sequence[int]) -> list[dict[str, Any]]:
+    """The descriptions of the kernels that a contender will need for a shape."""
+    layer = (
+        humming()
+        .layer.HummingLayer(shape_n=n, shape_k=k, weight_config=dict(FORMATS[name][0]), torch_dtype=torch.bfloat16)
+        .cuda()
+    )
+    layer.load_from_unquantized(torch.randn(n, k, device="cuda"))
+    layer.transform()
+    found = []
+    for m in ms:
+        parts = humming().kernel.humming.HummingKernel._resolve_configs(
+            layer.humming_config.to_str(), None, tuning(layer.humming_config, m)
+        )
+        spec = {key: value for part in parts for key, value in part.items() if key != "num_sms"}
+        if spec not in found:
+            found.append(spec)
+    return found
+
+
 def compile_all(names: Sequence[str], shapes: Sequence[tuple[int, int]], ms: Sequence[int]) -> int:
-    """Compile what these contenders will need for shapes (K, N), in as many processes as there are cores; how many."""
-    kernels, seen = [], set()
+    """Compile what these contenders will need for shapes (K, N), as many at a time as there are cores; how many.
+
+    A shape that a contender cannot take is passed over here: ``rows`` will tell.
+    """
+    kernel = humming().kernel.humming.HummingKernel
+    specs = []
     for name in names:
         for k, n in shapes:
-            layer = humming().layer.HummingLayer(shape_n=n, shape_k=k, weight_config=dict(FORMATS[name][0]),
-                                                 torch_dtype=torch.bfloat16).cuda()  # fmt: skip
-            w = torch.randn(n, k, device="cuda")
-            layer.load_from_unquantized(w)
-            layer.transform()
-            for m in ms:
-                chosen = tuning(layer.humming_config, m)
-                kernel = humming().kernel.humming.HummingKernel
-                of_layer, compute, tuned = kernel._resolve_configs(layer.humming_config.to_str(), None, chosen)
-                spec = of_layer | compute | tuned
-                spec.pop("num_sms", 0)
-                if (key := json.dumps(spec, default=str, sort_keys=True)) not in seen:
-                    seen.add(key)
-                    kernels.append((kernel, spec))
-    humming().kernel.humming.HummingKernel.compile_many(kernels)
-    return len(kernels)
+            with contextlib.suppress(*FAILURES):
+                specs += [(kernel, spec) for spec in _kernels(name, k, n, ms)]
+    kernel.compile_many(specs)
+    return len(specs)
