@@ -182,8 +182,8 @@ def _best_tile(problem: Problem, device: Device) -> tuple[int, ...]:
             return (32, 4, 1, 2, 2) if strips <= 4 else (16, 4, 1, 2, 0, 96) if strips <= 5 else (32, 4, 1, 1, 2)
         if kind == "int8" and strips > 6:
             return (16, 4, 1, 2, 2)
-        if kind == "fp8" and strips <= 4:
-            return (16, 4, 1, 8, 0) if 2 < strips <= 3 else (16, 4, 1, 4, 2)
+        if kind == "fp8" and 2 < strips <= 4:
+            return (16, 4, 1, 4, 2)
         return (16, 4, 1, 4, 0) if strips <= 5 else (16, 4, 1, 4, 2)
     if m <= 16 and kind == "fp8":
         return (16, 4, 1, 4, 1)
