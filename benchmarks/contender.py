@@ -1,4 +1,4 @@
-"""What the CPU benchmark times: a weight as each contender stores it, copies of it, and calls that multiply by them."""
+"""What the benchmarks time: a weight as each contender stores it, copies of it, and calls that multiply by them."""
 
 from __future__ import annotations
 
@@ -18,6 +18,16 @@ Rate = Literal["fp32", "bf16", "int8"]
 
 class Absent(Exception):
     """Why a contender cannot take part: a package that is not installed, a shape it does not have, a wrong result."""
+
+
+# What a peer may raise where it cannot take part: the reason is told, and the others go on.
+FAILURES = (Absent, AssertionError, AttributeError, ImportError, KeyError, OSError, RuntimeError, TypeError, ValueError)
+
+
+def reason(failure: BaseException) -> str:
+    """The first line of what was raised, with its kind where a peer did not mean it as an answer."""
+    line = (str(failure).splitlines() or [""])[0]
+    return line if isinstance(failure, Absent) else f"{type(failure).__name__}: {line}"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,12 +71,15 @@ class Material:
     threads: int
     kernels: dict[str, str]  # vecmat's contender: the kernel to force
     weights: dict[str, list[vecmat.Weight]] = dataclasses.field(default_factory=dict)
+    truths: dict[tuple[int, int], Tensor] = dataclasses.field(
+        default_factory=dict
+    )  # by rows of x, and how many of them
 
     @staticmethod
-    def make(n: int, k: int, pool_bytes: int, threads: int, kernels: dict[str, str]) -> Material:
+    def make(n: int, k: int, pool_bytes: int, threads: int, kernels: dict[str, str], device: str = "cpu") -> Material:
         """A random weight (n, k) whose products with normal numbers are about 1."""
-        generator = torch.Generator().manual_seed(n * 31 + k)
-        w = torch.randn(n, k, generator=generator) / math.sqrt(k)
+        generator = torch.Generator(device).manual_seed(n * 31 + k)
+        w = torch.randn(n, k, generator=generator, device=device) / math.sqrt(k)
         return Material(w, pool_bytes, threads, kernels)
 
     @property
@@ -91,17 +104,37 @@ class Material:
 
     def activations(self, m: int) -> Tensor:
         """x (m, K), fp32 with values of bf16, so that contenders of either type are given the same numbers."""
-        generator = torch.Generator().manual_seed(m)
-        return torch.randn(m, self.k, generator=generator).bfloat16().float()
+        generator = torch.Generator(self.w.device).manual_seed(m)
+        return torch.randn(m, self.k, generator=generator, device=self.w.device).bfloat16().float()
+
+    def truth(self, x: Tensor, some: Sequence[int]) -> Tensor:
+        """Some rows of ``activations``' product with the weight, in float64."""
+        key = (x.shape[0], len(some))
+        if key not in self.truths:
+            self.truths[key] = x[list(some)].double() @ self.w.double().t()
+        return self.truths[key]
 
 
 Build = Callable[[Material], Contender]
 
 
 def error(material: Material, x: Tensor, y: Tensor, rows: int = 8) -> float:
-    """The RMS of y minus the float64 truth over the truth's own, of the first and last ``rows`` rows."""
+    """The RMS of y minus the float64 truth over the truth's own, of the first and last ``rows`` rows.
+
+    x: ``material.activations`` of as many rows. Raises ``Absent`` for a y of another shape.
+    """
     if y.shape != (x.shape[0], material.n):
         raise Absent(f"its result has shape {tuple(y.shape)}; expected {(x.shape[0], material.n)}")
     some = sorted({*range(min(rows, x.shape[0])), *range(max(0, x.shape[0] - rows), x.shape[0])})
-    truth = x[some].double() @ material.w.double().t()
+    truth = material.truth(x, some)
     return float((y[some].double() - truth).square().mean().sqrt() / truth.square().mean().sqrt())
+
+
+def checked(contender: Contender, material: Material, x: Tensor) -> Calls:
+    """The contender's calls for x, after its first and its last copy gave the right result; ``Absent`` if not."""
+    calls = contender.rows(x)
+    for index in (0, len(calls.calls) - 1):
+        found = error(material, x, calls.result(index).float())
+        if not found <= contender.tolerance:
+            raise Absent(f"its result is wrong: RMS error {found:.3g}; expected {contender.tolerance:g} at most")
+    return calls

@@ -38,8 +38,9 @@ import peers_ggml
 import peers_onnx
 import peers_torch
 import peers_vecmat
+import ratios
 import vecmat
-from contender import Absent, Build, Calls, Contender, Material, error
+from contender import Absent, Build, Calls, Contender, Material, checked
 from vecmat.device import Device
 from vecmat.measure import append_csv
 from vecmat.native import native
@@ -197,13 +198,7 @@ def ready(material: Material, built: dict[str, Contender], x: torch.Tensor, say:
     turns = []
     for name, contender in built.items():
         try:
-            calls = contender.rows(x)
-            for index in (0, len(calls.calls) - 1):
-                found = error(material, x, calls.result(index).float())
-                if not found <= contender.tolerance:
-                    raise Absent(
-                        f"its result is wrong: RMS error {found:.3g}; expected {contender.tolerance:g} at most"
-                    )
+            calls = checked(contender, material, x)
         except (Absent, ValueError, RuntimeError) as reason:
             say(name, f"M={x.shape[0]}: {str(reason).splitlines()[0]}")
             continue
@@ -331,7 +326,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     print(cpu_table.line(found), flush=True)
         if cores.shared:
             print(f"threads had to share a core in {cores.shared} rounds: something else is running", file=sys.stderr)
-    print(cpu_table.table(cpu_table.read(options.out)))
+    print(cpu_table.table(ratios.read(options.out)))
 
 
 if __name__ == "__main__":

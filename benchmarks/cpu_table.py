@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import csv
-import dataclasses
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
+from ratios import Comparison, Times, ratios, times_of
 from vecmat.measure import geometric_mean
 
 COLUMNS = {"1": (1,), "2": (2,), "4": (4,), "8": (8,), "16": (16,), "32": (32,), "128, 512": (128, 512)}
@@ -17,45 +15,34 @@ TOLERATED = 1.05  # slower than torch's best way by more is told
 LARGE = 16e6  # bytes of a weight that must come at the memory's speed
 WANTED_SHARE = 0.93
 
-Cell = tuple[str, int, int, int]  # group, m, n, k
-Times = Mapping[Cell, Mapping[str, float]]
 
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Comparison:
-    """One line: ours against the best of some peers. wanted: the least ratio for M = 1, 4, 16, and 128 with 512."""
-
-    label: str
-    group: str
-    ours: str
-    peers: Sequence[str]
-    wanted: Sequence[float] = ()
-
-    def target(self, column: str) -> float | None:
-        return dict(zip(("1", "4", "16", "128, 512"), self.wanted, strict=False)).get(column)
+def _wanted(*least: float) -> dict[str, float]:
+    return dict(zip(("1", "4", "16", "128, 512"), least, strict=True))
 
 
 COMPARISONS = [
-    Comparison(label="int8 / ggml Q8_0", group="int8", ours="vecmat int8", peers=GGML8, wanted=(1.25, 2.1, 2.4, 2.6)),
+    Comparison(label="int8 / ggml Q8_0", group="int8", ours="vecmat int8", peers=GGML8,
+               wanted=_wanted(1.25, 2.1, 2.4, 2.6)),
     Comparison(label="int8 / torch int8pack", group="int8", ours="vecmat int8", peers=("torch int8pack",)),
     Comparison(label="int8 compute / ggml Q8_0", group="int8", ours="vecmat int8 compute", peers=GGML8,
-               wanted=(1.25, 2.8, 3.9, 5.0)),
+               wanted=_wanted(1.25, 2.8, 3.9, 5.0)),
     Comparison(label="int8 compute / oneDNN qlinear", group="int8", ours="vecmat int8 compute",
-               peers=("torch qlinear",), wanted=(1.7, 1.5, 1.2, 1.0)),
-    Comparison(label="int4 / ggml's best", group="int4", ours="vecmat int4", peers=GGML4, wanted=(1.1, 1.6, 1.45, 1.1)),
+               peers=("torch qlinear",), wanted=_wanted(1.7, 1.5, 1.2, 1.0)),
+    Comparison(label="int4 / ggml's best", group="int4", ours="vecmat int4", peers=GGML4,
+               wanted=_wanted(1.1, 1.6, 1.45, 1.1)),
     Comparison(label="int4 / torch int4pack", group="int4", ours="vecmat int4", peers=("torch int4pack",)),
     Comparison(label="int4 compute / best of ggml, onnxruntime", group="int4", ours="vecmat int4 compute",
-               peers=(*GGML4, "onnxruntime MatMulNBits"), wanted=(1.15, 1.5, 1.6, 1.5)),
+               peers=(*GGML4, "onnxruntime MatMulNBits"), wanted=_wanted(1.15, 1.5, 1.6, 1.5)),
     Comparison(label="bf16 / F.linear", group="bf16", ours="vecmat bf16", peers=("torch bf16",),
-               wanted=(1.8, 1.5, 1.25, 1.1)),
+               wanted=_wanted(1.8, 1.5, 1.25, 1.1)),
     Comparison(label="bf16 / ggml BF16", group="bf16", ours="vecmat bf16", peers=("ggml BF16",),
-               wanted=(1.0, 1.0, 1.05, 1.0)),
+               wanted=_wanted(1.0, 1.0, 1.05, 1.0)),
     Comparison(label="fp32 / F.linear", group="fp32", ours="vecmat fp32", peers=("torch fp32",),
-               wanted=(1.9, 3.0, 2.4, 1.4)),
+               wanted=_wanted(1.9, 3.0, 2.4, 1.4)),
     Comparison(label="fp32 / ggml F32", group="fp32", ours="vecmat fp32", peers=("ggml F32",),
-               wanted=(1.0, 1.0, 1.0, 1.0)),
+               wanted=_wanted(1.0, 1.0, 1.0, 1.0)),
     Comparison(label="fp16 / F.linear", group="fp16", ours="vecmat fp16", peers=("torch fp16",),
-               wanted=(1.0, 4.0, 6.0, 8.0)),
+               wanted=_wanted(1.0, 4.0, 6.0, 8.0)),
     Comparison(label="fp16 / ggml F16", group="fp16", ours="vecmat fp16", peers=("ggml F16",)),
 ]  # fmt: skip
 
@@ -71,13 +58,6 @@ TORCH = {
 }
 
 
-def read(file: Path) -> list[dict[str, str]]:
-    """The file's rows, the last of each cell and contender."""
-    with file.open(newline="", encoding="utf-8") as lines:
-        rows = {(r["group"], r["contender"], r["m"], r["n"], r["k"]): r for r in csv.DictReader(lines)}
-    return list(rows.values())
-
-
 def line(row: Mapping[str, Any]) -> str:
     """One row of the file for the screen."""
     return (
@@ -89,29 +69,9 @@ def line(row: Mapping[str, Any]) -> str:
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """The text of all ratios that the rows allow: above 1, vecmat is faster. The wanted ratio stands in brackets."""
-    times: dict[Cell, dict[str, float]] = {}
-    for row in rows:
-        cell = (row["group"], int(row["m"]), int(row["n"]), int(row["k"]))
-        times.setdefault(cell, {})[row["contender"]] = float(row["us"])
-    shapes = {(n, k) for _, _, n, k in times}
-    lines = [f"\ngeometric means over {len(shapes)} shapes: peer's time / vecmat's (wanted; ! where it is less)\n"]
-    lines += [f"{'M =':<42}" + "".join(f"{column:>16}" for column in COLUMNS)]
-    for comparison in COMPARISONS:
-        lines.append(f"{comparison.label:<42}" + "".join(_entry(comparison, column, times) for column in COLUMNS))
+    times = times_of(rows)
+    lines = ratios(COMPARISONS, COLUMNS, times)
     return "\n".join([*lines, "", *_floors(rows), *_shares(rows), *_losses(times)])
-
-
-def _entry(comparison: Comparison, column: str, times: Times) -> str:
-    ratios = []
-    for (group, m, _, _), found in times.items():
-        peers = [found[peer] for peer in comparison.peers if peer in found]
-        if group == comparison.group and m in COLUMNS[column] and comparison.ours in found and peers:
-            ratios.append(min(peers) / found[comparison.ours])
-    if not ratios:
-        return f"{'-':>16}"
-    ratio, target = geometric_mean(ratios), comparison.target(column)
-    wanted = "" if target is None else f" ({target:.2f}{'!' if ratio < target else ''})"
-    return f"{ratio:.2f}{wanted}".rjust(16)
 
 
 def _floors(rows: Sequence[Mapping[str, Any]]) -> list[str]:

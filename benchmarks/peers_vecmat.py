@@ -49,6 +49,7 @@ CONTENDERS: dict[str, Build] = {
         ("vecmat int8 compute", "int8", "int8", 0.03),
         ("vecmat int4", "int4:g128", None, 0.16),
         ("vecmat int4 compute", "int4:g128", "int8", 0.16),
+        ("vecmat fp8", "fp8", None, 0.06),
         ("vecmat bf16", "bf16", None, 0.006),
         ("vecmat fp32", "fp32", None, 1e-5),
         ("vecmat fp16", "fp16", None, 0.001),

@@ -1,4 +1,4 @@
-"""The CPU benchmark runs, times nobody who is wrong, and counts its ratios the right way round."""
+"""The benchmarks run, time nobody who is wrong, and count their ratios the right way round."""
 
 from __future__ import annotations
 
@@ -102,6 +102,66 @@ def test_the_table_counts_peer_over_ours_against_the_best_peer_and_marks_what_is
     assert told["bf16 / ggml BF16"] == ["0.50", "(1.00!)"]
     assert told["int4 / ggml's best"] == ["3.00", "(1.10)"]
     assert "slower than torch's best way by more than 5%: 1 of 2 cells" in cpu_table.table(rows)
+
+
+@pytest.mark.parametrize(("package", "module", "loader"), [
+    ("humming", "peers_gpu_humming", "humming"), ("gemlite", "peers_gpu_gemlite", "gemlite"),
+    ("deepspeed", "peers_gpu_deepspeed", "DeepSpeedTriton"),
+])  # fmt: skip
+def test_a_gpu_peer_that_is_not_installed_is_absent_with_the_reason(
+    package: str, module: str, loader: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import importlib
+
+    from contender import Absent, Material
+
+    monkeypatch.setitem(sys.modules, package, None)  # as if it were not there
+    load = getattr(importlib.import_module(module), loader)
+    with pytest.raises(Absent, match="is not installed"):
+        load(*([Material.make(16, 16, 0, 1, {})] if package == "deepspeed" else []))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_gpu_benchmark_says_so_where_there_is_no_gpu() -> None:
+    command = [sys.executable, str(BENCHMARKS / "gpu.py"), "--only", "vecmat int8"]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert ran.returncode != 0
+    assert "there is no GPU" in ran.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_gpu_benchmark_times_torch_and_ours_in_one_file(tmp_path: Path) -> None:
+    file = tmp_path / "gpu.csv"
+    ours = "vecmat int8,vecmat int4,vecmat fp8,vecmat bf16,torch bf16"
+    command = [sys.executable, str(BENCHMARKS / "gpu.py"), "--shapes", "512x256", "--m", "1,3", "--rounds", "1",
+               "--pool", "1", "--only", ours, "--out", str(file)]  # fmt: skip
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+    with file.open(newline="") as lines:
+        rows = list(csv.DictReader(lines))
+    assert {(row["contender"], row["m"]) for row in rows} == {(name, m) for name in ours.split(",") for m in "13"}
+    assert all(float(row["us"]) > 0 and float(row["probe_gbs"]) > 0 for row in rows)
+    assert "int4 / F.linear bf16" in ran.stdout
+
+
+def test_the_gpu_table_counts_its_columns_marks_what_is_less_than_wanted_and_tells_lost_dense_cells() -> None:
+    import gpu_table
+
+    def of(contender: str, us: float, m: int = 1, share: float = 0.5) -> dict[str, Any]:
+        return {**cell(contender, us, m, "bf16 x"), "share": share, "weight_bytes": 1e8}
+
+    rows = [of("torch bf16", 30.0), of("vecmat int4", 10.0, share=0.69), of("vecmat int8", 16.0, share=0.86),
+            of("Humming W4A16", 12.0), of("torch bf16", 30.0, 8), of("vecmat int4", 15.0, 8),
+            of("vecmat bf16", 31.0, 8)]  # fmt: skip
+    told = gpu_table.table(rows)
+    lines = {line[:42].strip(): line[42:].split() for line in told.splitlines()}
+    assert lines["int4 / F.linear bf16"][:4] == ["3.00", "(3.00)", "2.00", "(2.70!)"]
+    assert lines["int4 / Humming W4A16"][:2] == ["1.20", "(1.35!)"]
+    assert lines["int8 / F.linear bf16"][:2] == ["1.88", "(2.00!)"]
+    assert "69%  !" in told
+    assert "86%" in told
+    assert "86%  !" not in told
+    assert "dense cells under 0.98 of F.linear: 1 of 1" in told
 
 
 @pytest.mark.skipif(not native().isa, reason="vecmat was installed without its CPU library")

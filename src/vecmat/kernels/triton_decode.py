@@ -147,11 +147,12 @@ def _decode(x_ptr, w_ptr, scale_ptr, zero_ptr, bias_ptr, y_ptr, part_ptr, count_
                KIND != "dense" and GROUP == 0, BIAS, SPLIT, BLOCK_N, BLOCK_M)  # fmt: skip
 
 
-# (BLOCK_N, num_warps, WARPS_N, LANE_WORDS that a lane takes a step, AHEAD) for up to 8, 16 and 64 rows of x.
-_TILES = {
+# (BLOCK_N, num_warps, WARPS_N, LANE_WORDS that a lane takes a step, AHEAD, and perhaps the registers a thread may have)
+# for up to 8, 16 and 64 rows of x.
+_TILES: dict[int, list[tuple[int, ...]]] = {
     8: [
         (16, 4, 1, 4, 2), (16, 4, 1, 4, 0), (16, 8, 1, 4, 0), (16, 4, 1, 8, 0), (16, 8, 1, 8, 0), (16, 4, 1, 2, 2),
-        (32, 4, 1, 2, 2), (32, 4, 1, 1, 2), (64, 4, 4, 4, 2),
+        (16, 4, 1, 2, 0, 96), (32, 4, 1, 2, 2), (32, 4, 1, 1, 2), (64, 4, 4, 4, 2),
     ],
     16: [
         (16, 4, 1, 4, 2), (16, 4, 1, 4, 1), (16, 4, 1, 2, 2), (32, 4, 1, 2, 2), (64, 8, 4, 4, 0), (64, 4, 1, 1, 1),
@@ -161,8 +162,12 @@ _TILES = {
 }  # fmt: skip
 
 
-def _best_tile(problem: Problem, device: Device) -> tuple[int, int, int, int, int]:
-    """The tile that was best on an H200 (docs/measured.md), by how many strips of 16 rows come to a multiprocessor."""
+def _best_tile(problem: Problem, device: Device) -> tuple[int, ...]:
+    """The tile that was best on an H200 (docs/measured.md), by how many strips of 16 rows come to a multiprocessor.
+
+    What its registers let a multiprocessor run at once decides: of the tiles that fit all strips in one wave, the one
+    that asks for most bytes. Here the waves end at 2, 3, 4, 5 and 7 programs of 16 rows, or 4 of 32.
+    """
     m, kind, strips = problem.m, kind_of(problem), problem.n / 16 / device.units
     if m <= 8:
         if strips <= 1:
@@ -170,7 +175,15 @@ def _best_tile(problem: Problem, device: Device) -> tuple[int, int, int, int, in
         if strips <= 2 and problem.k >= 2048:
             return (16, 4, 1, 4, 2) if kind == "int4" else (16, 8, 1, 4, 0) if kind == "fp8" else (16, 4, 1, 8, 0)
         if kind == "int4":
-            return (16, 4, 1, 2, 2) if problem.k < 2048 else (32, 4, 1, 2, 2) if strips <= 5 else (32, 4, 1, 1, 2)
+            if problem.k < 2048:
+                return (16, 4, 1, 2, 2)
+            if strips <= 3:
+                return (16, 4, 1, 4, 0)
+            return (32, 4, 1, 2, 2) if strips <= 4 else (16, 4, 1, 2, 0, 96) if strips <= 5 else (32, 4, 1, 1, 2)
+        if kind == "int8" and strips > 6:
+            return (16, 4, 1, 2, 2)
+        if kind == "fp8" and 2 < strips <= 4:
+            return (16, 4, 1, 4, 2)
         return (16, 4, 1, 4, 0) if strips <= 5 else (16, 4, 1, 4, 2)
     if m <= 16 and kind == "fp8":
         return (16, 4, 1, 4, 1)
@@ -209,12 +222,12 @@ class TritonDecode(Fragments):
         return [default, *(config for place, config in enumerate(found) if config not in [default, *found[:place]])]
 
     def default_config(self, problem: Problem, device: Device) -> Config:
-        block_n, warps, warps_n, depth, ahead = _best_tile(problem, device)
+        block_n, warps, warps_n, depth, *rest = _best_tile(problem, device)
         values = PER_WORD[kind_of(problem)]
-        if not problem.weight.symmetric:
-            depth = min(depth, 2)  # zero points need registers of their own
+        if not problem.weight.symmetric:  # zero points need registers of their own
+            depth, rest = min(depth, 2), rest[:1]
         while True:
-            config = self._config(problem, (block_n, warps, warps_n, depth, ahead))
+            config = self._config(problem, (block_n, warps, warps_n, depth, *rest))
             step = self.step_words(config) * values
             # No deeper than K; and masks need registers of their own.
             if depth == 1 or (step < 2 * problem.k and (depth < 8 or problem.k % step == 0)):
@@ -222,21 +235,22 @@ class TritonDecode(Fragments):
                 return {**config, "split": parts[-1 if problem.m > 8 and problem.weight.name == "fp8" else 0]}
             depth //= 2
 
-    def _config(self, problem: Problem, tile: tuple[int, int, int, int, int]) -> dict[str, int]:
-        block_n, warps, warps_n, depth, ahead = tile
+    def _config(self, problem: Problem, tile: tuple[int, ...]) -> dict[str, int]:
+        block_n, warps, warps_n, depth, ahead, *registers = tile
         lane, group = lane_words(problem), problem.weight.group_size
         unroll = min(depth, group // (4 * lane * PER_WORD[kind_of(problem)])) if group else depth
         chains = min(depth // unroll, {8: 4, 16: 2}.get(self.block_m(problem.m), 1))
         return {
             "BLOCK_N": block_n, "LANE_WORDS": lane, "UNROLL": unroll, "CHAINS": chains, "WARPS_N": warps_n,
             "WARPS_K": warps // warps_n, "AHEAD": ahead, "num_warps": warps,
+            **({"maxnreg": registers[0]} if registers else {}),
         }  # fmt: skip
 
     def estimate_us(self, problem: Problem, device: Device, config: Config) -> float:
         """As measured on an H200: the bytes at a share of the bandwidth that falls with the rows of x, and a start."""
         m, dense, int4 = problem.m, problem.weight.dense, problem.weight.name == "int4"
         if m <= 8:
-            share, fixed = 0.74 if int4 else 0.97, 2.1
+            share, fixed = 0.74 if int4 else 0.93 if dense and m > 1 else 0.97, 2.1
         elif m <= 16 and int4:
             share, fixed = (0.42, 4.4) if config["BLOCK_N"] == 16 else (0.58, 3.4)
         elif m <= 16:
