@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import abc
 import math
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import triton.language as tl
@@ -333,6 +333,14 @@ def splits(tiles: int, steps: int, units: int) -> list[int]:
     return [split for split in able if 1.4 * units <= tiles * split <= 7 * units][:2] or able[-1:]
 
 
+class Cut(NamedTuple):
+    """The programs of a launch, the floats of partial sums that they leave, and the sums that several of them share."""
+
+    grid: tuple[int, int]
+    floats: int
+    sums: int
+
+
 class Fragments(Kernel):
     """A kernel whose weight goes from memory into fragments: what it takes, and how it is launched.
 
@@ -354,6 +362,14 @@ class Fragments(Kernel):
     @abc.abstractmethod
     def step_words(self, config: Config) -> int:
         """Words of a row that a program takes at once."""
+
+    def cut(self, problem: Problem, config: Config) -> Cut:
+        """How a launch is cut into programs: ``split`` parts of K, each BLOCK_N of N."""
+        split, block_n = int(config["split"]), int(config["BLOCK_N"])
+        tiles = -(-problem.n // block_n)
+        shared = split > 1
+        floats = tiles * split * block_n * self.block_m(problem.m) if shared else 0
+        return Cut((tiles, split), floats, tiles if shared else 0)
 
     def rejects(self, problem: Problem, device: Device) -> str | None:
         fmt = problem.weight
@@ -385,15 +401,15 @@ class Fragments(Kernel):
         n, out, fmt, kind = problem.n, DTYPES[problem.out], problem.weight, kind_of(problem)
         words = problem.k // PER_WORD[kind]
         align = math.gcd(words, 4)
-        block_m, block_n = self.block_m(problem.m), int(config["BLOCK_N"])
-        split, tiles = int(config["split"]), -(-n // block_n)
+        block_m = self.block_m(problem.m)
+        grid, floats, sums = self.cut(problem, config)
         pdl, index = overlaps(device), device.index or 0
 
         def launch(frozen: bool) -> Launch:
             constants = {
                 "KIND": kind, "BF16": problem.x == "bf16", "GROUP": fmt.group_size or 0, "ZERO": not fmt.symmetric,
                 "BIAS": problem.bias, "EVEN": words % self.step_words(config) == 0, "ALIGN": align, "PDL": pdl,
-                "FROZEN": frozen, "SPLIT": split > 1, "BLOCK_M": block_m,
+                "FROZEN": frozen, "SPLIT": sums > 0, "BLOCK_M": block_m,
                 **{name: value for name, value in config.items() if name.isupper()},
             }  # fmt: skip
             return Launch(self.function, device, constants, words=self.words, pdl=pdl,
@@ -401,22 +417,22 @@ class Fragments(Kernel):
                           )  # fmt: skip
 
         frozen, changing = launch(True), launch(False)
-        fixed, blocks = (n, words // align, fmt.groups(problem.k), split), tiles * split * block_n * block_m
+        fixed = (n, words // align, fmt.groups(problem.k), grid[1])
 
         def run(x: Tensor, weight: Tensor | Frozen, bias: Tensor | None) -> Tensor:
             rows = flat(x).contiguous()
             m = rows.shape[0]
             y = torch.empty(m, n, dtype=out, device=x.device)
             part = count = scale = zero = None
-            if split > 1:
-                part = torch.empty(blocks, dtype=torch.float32, device=x.device)
-                count = arrivals(index, tiles)
+            if sums:
+                part = torch.empty(floats, dtype=torch.float32, device=x.device)
+                count = arrivals(index, sums)
             if isinstance(weight, Frozen):
                 start, (data, scale, zero) = frozen, weight
             else:
                 start, data = changing, weight
             bias = None if bias is None else bias.contiguous()
-            start((tiles, split), (rows, data.contiguous(), scale, zero, bias, y, part, count), fixed, m)
+            start(grid, (rows, data.contiguous(), scale, zero, bias, y, part, count), fixed, m)
             return y if x.dim() == 2 else y.view(*x.shape[:-1], n)
 
         return run
