@@ -25,6 +25,7 @@ from triton.experimental.gluon import language as gl
 from ..device import Device
 from ..problem import DTYPES, Problem
 from ..weights import Weight
+from ._widen import bytes_to_bf16, nibbles_to
 from ._triton import LAUNCH_ERRORS, Frozen, Launch, arrivals, overlaps, rejects_device
 from .base import Config, Kernel, Run, flat
 
@@ -199,10 +200,11 @@ def nibbles_to_floats(words, offset, BF16: gl.constexpr):
 
 @gluon.jit
 def fragments(words, zero, KIND: gl.constexpr, BF16: gl.constexpr, ZERO: gl.constexpr, ROWS: gl.constexpr,
-              LANE_WORDS: gl.constexpr, UNROLL: gl.constexpr):  # fmt: skip
+              LANE_WORDS: gl.constexpr, UNROLL: gl.constexpr, FEWER: gl.constexpr = False):  # fmt: skip
     """A tile of words (ROWS, 4 * LANE_WORDS * UNROLL) as 16-bit floats (ROWS, values), k in the order of the MMAs.
 
-    zero: each row's zero point (ROWS,) if ZERO; int4 without has 8.
+    zero: each row's zero point (ROWS,) if ZERO; int4 without has 8. FEWER: by fewer instructions, to be multiplied by
+    ``widened_by``.
     """
     if KIND == "int4":
         twice: gl.constexpr = 0x43004300 if BF16 else 0x64006400
@@ -210,7 +212,14 @@ def fragments(words, zero, KIND: gl.constexpr, BF16: gl.constexpr, ZERO: gl.cons
             offset, _ = gl.broadcast(gl.expand_dims(twice + zero.to(gl.int32) * 0x10001, 1), words)
         else:
             offset = gl.full_like(words, twice + 0x80008)
-        n0, n4, n1, n5, n2, n6, n3, n7 = nibbles_to_floats(words, offset, BF16)
+        if FEWER:
+            if ZERO:
+                offset, _ = gl.broadcast(gl.expand_dims(zero.to(gl.int32) * 0x10001, 1), words)
+            else:
+                offset = gl.full_like(words, 0x80008)
+            n0, n4, n1, n5, n2, n6, n3, n7 = nibbles_to(words, offset, BF16)
+        else:
+            n0, n4, n1, n5, n2, n6, n3, n7 = nibbles_to_floats(words, offset, BF16)
         evens = gl.join(gl.join(n0, n4), gl.join(n2, n6))
         odds = gl.join(gl.join(n1, n5), gl.join(n3, n7))
         # nibble = 4 * pair + 2 * half + odd; after the words come (pair, half, odd)
@@ -222,7 +231,10 @@ def fragments(words, zero, KIND: gl.constexpr, BF16: gl.constexpr, ZERO: gl.cons
         tile = gl.join(low, high).reshape([ROWS, UNROLL, 4, LANE_WORDS // 2, 2, 2])
         return tile.permute([0, 1, 3, 4, 2, 5]).reshape([ROWS, 8 * LANE_WORDS * UNROLL])
     else:
-        v0, v1, v2, v3 = bytes_to_floats(words, KIND, BF16)
+        if FEWER and BF16 and KIND == "int8":
+            v0, v1, v2, v3 = bytes_to_bf16(words)
+        else:
+            v0, v1, v2, v3 = bytes_to_floats(words, KIND, BF16)
         tile = gl.join(gl.join(v0, v1), gl.join(v2, v3)).reshape([ROWS, UNROLL, 4, LANE_WORDS, 2, 2])
         return tile.permute([0, 1, 3, 5, 2, 4]).reshape([ROWS, 16 * LANE_WORDS * UNROLL])
 

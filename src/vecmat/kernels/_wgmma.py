@@ -17,6 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ._gluon import fragments, halves, in_order, per_word, powers, word_layout
+from ._widen import widened_by
 from ._triton import gdc_launch_dependents, gdc_wait
 
 
@@ -100,43 +101,43 @@ def share(total, program, programs):
 
 
 @gluon.jit
-def copy_weight(w_ptr, scale_ptr, w_ring, s_ring, ready, c, r, s_row, step, start, end, steps, N, row_words, groups,
+def copy_weight(w_ptr, scale_ptr, w_ring, s_ring, ready, r, c, s_row, tile, turn, done, N, row_words, groups,
                 KIND: gl.constexpr, GROUP: gl.constexpr, EVEN: gl.constexpr, ALIGN: gl.constexpr, ROWS: gl.constexpr,
                 TEAMS: gl.constexpr, WIDTH: gl.constexpr, W_STAGES: gl.constexpr):  # fmt: skip
-    """Start the copies of a step's weight words and scales, which arrive at the barrier of its slot."""
+    """Start the copies of a step's weight words and scales, which arrive at the barrier of its slot.
+
+    Zeros come past N and K.
+    """
     DEEP: gl.constexpr = WIDTH * per_word(KIND)
     PARTS: gl.constexpr = max(1, DEEP // GROUP) if GROUP > 0 else 1
-    tile = step // steps
-    turn = step - tile * steps
-    slot = (step - start) % W_STAGES
-    at = turn * WIDTH
+    slot = done % W_STAGES
     words = row_words * ALIGN
+    offsets = r * words + c
     for team in gl.static_range(TEAMS):
         first = (tile * TEAMS + team) * ROWS
-        row = gl.minimum(first + r, N - 1).to(gl.int64)
-        pointers = w_ptr + row * row_words * ALIGN + (c + at)
+        pointers = w_ptr + (first.to(gl.int64) * words + turn * WIDTH) + offsets
         if EVEN:
-            mask = (r >= 0) & (step < end)
+            mask = (r < N - first) & (c >= 0)
         else:
-            mask = (c + at < words) & (step < end)
+            mask = (r < N - first) & (c < words - turn * WIDTH)
         async_copy.async_copy_global_to_shared(w_ring.index(slot * TEAMS + team), pointers, mask=mask)
         if GROUP > 0:
             for part in gl.static_range(PARTS):
                 group = gl.minimum((turn * DEEP + part * GROUP) // GROUP, groups - 1)
-                s_pointers = scale_ptr + group * N + gl.minimum(first + s_row, N - 1)
                 s_slot = s_ring.index((slot * TEAMS + team) * PARTS + part)
-                async_copy.async_copy_global_to_shared(s_slot, s_pointers, mask=(s_row >= 0) & (step < end))
+                s_pointers = scale_ptr + (group * N + first) + s_row
+                async_copy.async_copy_global_to_shared(s_slot, s_pointers, mask=s_row < N - first)
     async_copy.mbarrier_arrive(ready.index(slot), increment_count=False)
 
 
 @gluon.jit
-def load_x(pointers, at, m, M, step, end, steps, words, WORDS: gl.constexpr, EVEN: gl.constexpr):
-    """A step's tile of x in words of two values, zeros past its edges; rows past M are whatever they are."""
-    ahead = step % steps * WORDS
+def load_x(x_ptr, offsets, at, turn, words, WORDS: gl.constexpr, EVEN: gl.constexpr):
+    """A step's tile of x in words of two values, zeros past K."""
+    pointers = x_ptr + turn * WORDS + offsets
     if EVEN:
-        return gl.load(pointers + ahead, mask=(m < M) & (at >= 0) & (step < end))
+        return gl.load(pointers)
     else:
-        return gl.load(pointers + ahead, mask=(m < M) & (at + ahead < words) & (step < end), other=0)
+        return gl.load(pointers, mask=at < words - turn * WORDS, other=0)
 
 
 @gluon.jit
@@ -144,6 +145,7 @@ def bring(sources, C: gl.constexpr):
     """Warps that bring the weight into its ring and x, put into the fragments' order on the way, into its own.
 
     The weight is W_STAGES - X_STAGES steps ahead of x, so that one barrier tells that a slot of either is free.
+    Rows of x past M repeat the last.
     """
     (x_ptr, w_ptr, scale_ptr, x_ring, w_ring, s_ring, x_ready, w_ready, free, start, end, steps, N, row_words, groups,
      M) = sources  # fmt: skip
@@ -176,30 +178,42 @@ def bring(sources, C: gl.constexpr):
     m = gl.expand_dims(gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, X_TILE)), 1)
     at = gl.expand_dims(gl.arange(0, DEEP // 2, layout=gl.SliceLayout(0, X_TILE)), 0)
     words = row_words * ALIGN * X_WORDS
-    pointers = x_ptr + m * words + at
+    offsets = gl.minimum(m, M - 1) * words + at
+    turn = start % steps
+    w_tile = start // steps
+    w_turn = turn
     if PDL and not FROZEN:
         gdc_wait()
-    for step in range(start, start + LEAD):
-        copy_weight(w_ptr, scale_ptr, w_ring, s_ring, w_ready, c, r, s_row, step, start, end, steps, N, row_words,
-                    groups, KIND, GROUP, EVEN, ALIGN, ROWS, TEAMS, WIDTH, W_STAGES)  # fmt: skip
+    for done in range(LEAD):
+        if start + done < end:
+            copy_weight(w_ptr, scale_ptr, w_ring, s_ring, w_ready, r, c, s_row, w_tile, w_turn, done, N, row_words,
+                        groups, KIND, GROUP, EVEN, ALIGN, ROWS, TEAMS, WIDTH, W_STAGES)  # fmt: skip
+        w_tile = gl.where(w_turn + 1 < steps, w_tile, w_tile + 1)
+        w_turn = gl.where(w_turn + 1 < steps, w_turn + 1, 0)
     if PDL and FROZEN:
         gdc_wait()
-    even = load_x(pointers, at, m, M, start, end, steps, words, DEEP // 2, EVEN)
+    even = load_x(x_ptr, offsets, at, turn, words, DEEP // 2, EVEN)
+    turn = gl.where(turn + 1 < steps, turn + 1, 0)
     odd = even
     if X_AHEAD == 2:
-        odd = load_x(pointers, at, m, M, start + 1, end, steps, words, DEEP // 2, EVEN)
+        odd = load_x(x_ptr, offsets, at, turn, words, DEEP // 2, EVEN)
+        turn = gl.where(turn + 1 < steps, turn + 1, 0)
     # An odd last step brings one more, which nobody waits for.
-    for pair in range(start, end, 2):
-        for turn in gl.static_range(2):
-            step = pair + turn
-            slot = (step - start) % X_STAGES
-            mbarrier.wait(free.index(slot), ((step - start) // X_STAGES & 1) ^ 1)
-            copy_weight(w_ptr, scale_ptr, w_ring, s_ring, w_ready, c, r, s_row, step + LEAD, start, end, steps, N,
-                        row_words, groups, KIND, GROUP, EVEN, ALIGN, ROWS, TEAMS, WIDTH, W_STAGES)  # fmt: skip
-            low, high = halves(even if turn == 0 or X_AHEAD == 1 else odd, BF16)
+    for pair in range(0, end - start, 2):
+        for half in gl.static_range(2):
+            done = pair + half
+            slot = done % X_STAGES
+            mbarrier.wait(free.index(slot), (done // X_STAGES & 1) ^ 1)
+            if start + done + LEAD < end:
+                copy_weight(w_ptr, scale_ptr, w_ring, s_ring, w_ready, r, c, s_row, w_tile, w_turn, done + LEAD, N,
+                            row_words, groups, KIND, GROUP, EVEN, ALIGN, ROWS, TEAMS, WIDTH, W_STAGES)  # fmt: skip
+            w_tile = gl.where(w_turn + 1 < steps, w_tile, w_tile + 1)
+            w_turn = gl.where(w_turn + 1 < steps, w_turn + 1, 0)
+            low, high = halves(even if half == 0 or X_AHEAD == 1 else odd, BF16)
             x_ring.index(slot).store(in_order(gl.join(low, high), KIND, BLOCK_M, LANE_WORDS * VALUES, UNROLL))
-            following = load_x(pointers, at, m, M, step + X_AHEAD, end, steps, words, DEEP // 2, EVEN)
-            if turn == 0 or X_AHEAD == 1:
+            following = load_x(x_ptr, offsets, at, turn, words, DEEP // 2, EVEN)
+            turn = gl.where(turn + 1 < steps, turn + 1, 0)
+            if half == 0 or X_AHEAD == 1:
                 even = following
             else:
                 odd = following
@@ -332,7 +346,7 @@ def multiply(rings, TEAM: gl.constexpr, C: gl.constexpr):
                 z = 0
                 if ZERO:
                     z = gl.convert_layout(nth(zero, sub // CHAIN, ROWS, PARTS), gl.SliceLayout(1, w.type.layout))
-                left = fragments(w, z, KIND, BF16, ZERO, ROWS, LANE_WORDS, UNROLL)
+                left = fragments(w, z, KIND, BF16, ZERO, ROWS, LANE_WORDS, UNROLL, True)
                 left = gl.convert_layout(left, LEFT)
                 if sub == 0:
                     mbarrier.wait(x_ready.index(x_slot), done // X_STAGES & 1)
@@ -358,6 +372,8 @@ def multiply(rings, TEAM: gl.constexpr, C: gl.constexpr):
             gdc_wait()
         if GROUP > 0:
             y = total + y * gl.expand_dims(before, 1)
+        if widened_by(KIND, BF16) != 1:
+            y *= widened_by(KIND, BF16)
         n = gl.expand_dims(r, 1)
         m = gl.expand_dims(gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, ACC)), 0)
         is_last = True
