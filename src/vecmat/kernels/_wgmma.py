@@ -43,7 +43,7 @@ class Constants:
     SUBS: int
     W_STAGES: int
     X_STAGES: int
-    X_AHEAD: int
+    BRINGERS: int
 
 
 @gluon.constexpr_function
@@ -59,24 +59,20 @@ def of(constants, name):
 
 
 @gluon.constexpr_function
-def x_layout(KIND, LANE, UNROLL, ROWS, WARPS):
-    """Layout of a tile (ROWS, 4 * LANE * UNROLL) of x, as words of two: a thread has whole 16 bytes of the MMAs' order.
+def x_layout(LANE, UNROLL, ROWS, WARPS):
+    """Layout of a tile (ROWS, 4 * LANE * UNROLL) of x, as words of two: 16 bytes to a thread, which it stores by words.
 
-    Those take values of all four lanes of a row, and of int4 words that are two apart, so a thread loads from the
-    same place of each lane's LANE words: as much from each as leaves work for all threads.
+    An MMA's 16 bytes come from all four lanes of a row, so the threads of a warp take the places of the four (and two
+    of each), and four rows: whole sectors of memory, and every bank of shared memory once.
     """
-    lanes, warps = 5, WARPS.bit_length() - 1
-    words = (4 * LANE * UNROLL * ROWS).bit_length() - 1
-    spare = max(0, words - lanes - warps - 2)  # bits of a thread's words beyond those of the four lanes
-    depth = LANE.bit_length() - 1
-    run = [bit for bit in range(2) if (KIND == "int4" and bit == 1) or spare > bit + (KIND == "int4")]
-    registers = [[0, 1 << bit] for bit in run] + [[0, LANE], [0, 2 * LANE]]
-    rows = [[1 << bit, 0] for bit in range(ROWS.bit_length() - 1)]
-    rest = [[0, 1 << bit] for bit in range(3) if bit < depth and bit not in run] + rows[:3]  # no two in a bank
-    rest += [[0, 1 << bit] for bit in range(3, depth)]
-    rest += [[0, 4 * LANE << bit] for bit in range(UNROLL.bit_length() - 1)] + rows[3:]
-    rest += [[0, 0]] * max(0, lanes + warps - len(rest))  # more threads than there is work for
-    return gl.DistributedLinearLayout(registers + rest[lanes + warps :], rest[:lanes], rest[lanes : lanes + warps], [],
+    warps = WARPS.bit_length() - 1
+    other = 4 if LANE >= 8 else 4 * LANE
+    lanes = [[0, LANE], [0, 2 * LANE], [0, other], [1, 0], [2, 0]]
+    words = [[0, bit] for bit in powers(4 * LANE * UNROLL) if bit >= 4 and [0, bit] not in lanes]
+    rows = [[bit, 0] for bit in powers(ROWS) if bit >= 4]
+    rest = rows[:warps] + words + rows[warps:]
+    rest += [[0, 0]] * (warps - len(rest))  # more threads than there is work for
+    return gl.DistributedLinearLayout([[0, 1], [0, 2], *rest[warps:]], lanes, rest[:warps], [],
                                       [ROWS, 4 * LANE * UNROLL])  # fmt: skip
 
 
@@ -98,6 +94,16 @@ def share(total, program, programs):
     """The first step of a program's share of all steps."""
     each = total // programs
     return program * each + gl.minimum(program, total - each * programs)
+
+
+@gluon.jit
+def later(tile, turn, steps, COUNT: gl.constexpr):
+    """The tile, and the step of it, that COUNT steps later is."""
+    for _ in gl.static_range(COUNT):
+        last = turn + 1 == steps
+        tile = gl.where(last, tile + 1, tile)
+        turn = gl.where(last, 0, turn + 1)
+    return tile, turn
 
 
 @gluon.jit
@@ -141,7 +147,7 @@ def load_x(x_ptr, offsets, at, turn, words, WORDS: gl.constexpr, EVEN: gl.conste
 
 
 @gluon.jit
-def bring(sources, C: gl.constexpr):
+def bring(sources, WHO: gl.constexpr, C: gl.constexpr):
     """Warps that bring the weight into its ring and x, put into the fragments' order on the way, into its own.
 
     The weight is W_STAGES - X_STAGES steps ahead of x, so that one barrier tells that a slot of either is free.
@@ -162,7 +168,7 @@ def bring(sources, C: gl.constexpr):
     LANE_WORDS: gl.constexpr = of(C, "LANE_WORDS")
     W_STAGES: gl.constexpr = of(C, "W_STAGES")
     X_STAGES: gl.constexpr = of(C, "X_STAGES")
-    X_AHEAD: gl.constexpr = of(C, "X_AHEAD")
+    BRINGERS: gl.constexpr = of(C, "BRINGERS")
     WARPS: gl.constexpr = gl.num_warps()
     VALUES: gl.constexpr = per_word(KIND)
     X_WORDS: gl.constexpr = VALUES // 2
@@ -171,7 +177,7 @@ def bring(sources, C: gl.constexpr):
     DEEP: gl.constexpr = WIDTH * VALUES
     LEAD: gl.constexpr = W_STAGES - X_STAGES
     COPY: gl.constexpr = copy_layout(WIDTH, WARPS)
-    X_TILE: gl.constexpr = x_layout(KIND, LANE_WORDS * X_WORDS, UNROLL, BLOCK_M, WARPS)
+    X_TILE: gl.constexpr = x_layout(LANE_WORDS * X_WORDS, UNROLL, BLOCK_M, WARPS)
     r = gl.expand_dims(gl.arange(0, ROWS, layout=gl.SliceLayout(1, COPY)), 1)
     c = gl.expand_dims(gl.arange(0, WIDTH, layout=gl.SliceLayout(0, COPY)), 0)
     s_row = gl.arange(0, ROWS, layout=gl.BlockedLayout([1], [32], [WARPS], [0]))
@@ -179,45 +185,31 @@ def bring(sources, C: gl.constexpr):
     at = gl.expand_dims(gl.arange(0, DEEP // 2, layout=gl.SliceLayout(0, X_TILE)), 0)
     words = row_words * ALIGN * X_WORDS
     offsets = gl.minimum(m, M - 1) * words + at
-    turn = start % steps
-    w_tile = start // steps
-    w_turn = turn
+    w_tile, w_turn = later(start // steps, start % steps, steps, WHO)
+    turn = w_turn
     if PDL and not FROZEN:
         gdc_wait()
-    for done in range(LEAD):
+    for done in range(WHO, LEAD, BRINGERS):
         if start + done < end:
             copy_weight(w_ptr, scale_ptr, w_ring, s_ring, w_ready, r, c, s_row, w_tile, w_turn, done, N, row_words,
                         groups, KIND, GROUP, EVEN, ALIGN, ROWS, TEAMS, WIDTH, W_STAGES)  # fmt: skip
-        w_tile = gl.where(w_turn + 1 < steps, w_tile, w_tile + 1)
-        w_turn = gl.where(w_turn + 1 < steps, w_turn + 1, 0)
+        w_tile, w_turn = later(w_tile, w_turn, steps, BRINGERS)
     if PDL and FROZEN:
         gdc_wait()
-    even = load_x(x_ptr, offsets, at, turn, words, DEEP // 2, EVEN)
-    turn = gl.where(turn + 1 < steps, turn + 1, 0)
-    odd = even
-    if X_AHEAD == 2:
-        odd = load_x(x_ptr, offsets, at, turn, words, DEEP // 2, EVEN)
-        turn = gl.where(turn + 1 < steps, turn + 1, 0)
-    # An odd last step brings one more, which nobody waits for.
-    for pair in range(0, end - start, 2):
-        for half in gl.static_range(2):
-            done = pair + half
-            slot = done % X_STAGES
-            mbarrier.wait(free.index(slot), (done // X_STAGES & 1) ^ 1)
-            if start + done + LEAD < end:
-                copy_weight(w_ptr, scale_ptr, w_ring, s_ring, w_ready, r, c, s_row, w_tile, w_turn, done + LEAD, N,
-                            row_words, groups, KIND, GROUP, EVEN, ALIGN, ROWS, TEAMS, WIDTH, W_STAGES)  # fmt: skip
-            w_tile = gl.where(w_turn + 1 < steps, w_tile, w_tile + 1)
-            w_turn = gl.where(w_turn + 1 < steps, w_turn + 1, 0)
-            low, high = halves(even if half == 0 or X_AHEAD == 1 else odd, BF16)
-            x_ring.index(slot).store(in_order(gl.join(low, high), KIND, BLOCK_M, LANE_WORDS * VALUES, UNROLL))
-            following = load_x(x_ptr, offsets, at, turn, words, DEEP // 2, EVEN)
-            turn = gl.where(turn + 1 < steps, turn + 1, 0)
-            if half == 0 or X_AHEAD == 1:
-                even = following
-            else:
-                odd = following
-            mbarrier.arrive(x_ready.index(slot), count=1)
+    x = load_x(x_ptr, offsets, at, turn, words, DEEP // 2, EVEN)
+    w_tile, w_turn = later(start // steps, start % steps, steps, LEAD + WHO)
+    for done in range(WHO, end - start, BRINGERS):
+        slot = done % X_STAGES
+        mbarrier.wait(free.index(slot), (done // X_STAGES & 1) ^ 1)
+        if start + done + LEAD < end:
+            copy_weight(w_ptr, scale_ptr, w_ring, s_ring, w_ready, r, c, s_row, w_tile, w_turn, done + LEAD, N,
+                        row_words, groups, KIND, GROUP, EVEN, ALIGN, ROWS, TEAMS, WIDTH, W_STAGES)  # fmt: skip
+        w_tile, w_turn = later(w_tile, w_turn, steps, BRINGERS)
+        low, high = halves(x, BF16)
+        x_ring.index(slot).store(in_order(gl.join(low, high), KIND, BLOCK_M, LANE_WORDS * VALUES, UNROLL))
+        _, turn = later(0, turn, steps, BRINGERS)
+        x = load_x(x_ptr, offsets, at, turn, words, DEEP // 2, EVEN)
+        mbarrier.arrive(x_ready.index(slot), count=1)
     async_copy.wait_group(0)
 
 
@@ -409,7 +401,8 @@ def warpgroups(x_ptr, w_ptr, scale_ptr, zero_ptr, bias_ptr, y_ptr, part_ptr, cou
                EVEN: gl.constexpr, ALIGN: gl.constexpr, PDL: gl.constexpr, FROZEN: gl.constexpr, SPLIT: gl.constexpr,
                BLOCK_M: gl.constexpr, ROWS: gl.constexpr, TEAMS: gl.constexpr, LANE_WORDS: gl.constexpr,
                UNROLL: gl.constexpr, SUBS: gl.constexpr, W_STAGES: gl.constexpr, X_STAGES: gl.constexpr,
-               X_AHEAD: gl.constexpr, REGS: gl.constexpr, BRING_REGS: gl.constexpr):  # fmt: skip
+               BRINGERS: gl.constexpr, BRING_WARPS: gl.constexpr, REGS: gl.constexpr,
+               BRING_REGS: gl.constexpr):  # fmt: skip
     """y (M, N) = x (M, K) @ w (N, K).T * scale + bias."""
     WIDTH: gl.constexpr = 4 * LANE_WORDS * UNROLL * SUBS
     DEEP: gl.constexpr = WIDTH * per_word(KIND)
@@ -433,7 +426,7 @@ def warpgroups(x_ptr, w_ptr, scale_ptr, zero_ptr, bias_ptr, y_ptr, part_ptr, cou
     x_ready = gl.allocate_shared_memory(gl.int64, [X_STAGES, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [X_STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(W_STAGES):
-        mbarrier.init(w_ready.index(stage), count=128)
+        mbarrier.init(w_ready.index(stage), count=32 * BRING_WARPS)
     for stage in gl.static_range(X_STAGES):
         mbarrier.init(x_ready.index(stage), count=1)
         mbarrier.init(free.index(stage), count=TEAMS)
@@ -444,23 +437,34 @@ def warpgroups(x_ptr, w_ptr, scale_ptr, zero_ptr, bias_ptr, y_ptr, part_ptr, cou
     C: gl.constexpr = constants_of(KIND=KIND, BF16=BF16, GROUP=GROUP, ZERO=ZERO, BIAS=BIAS, EVEN=EVEN, ALIGN=ALIGN, PDL=PDL,
                                 FROZEN=FROZEN, SPLIT=SPLIT, BLOCK_M=BLOCK_M, ROWS=ROWS, TEAMS=TEAMS,
                                 LANE_WORDS=LANE_WORDS, UNROLL=UNROLL, SUBS=SUBS, W_STAGES=W_STAGES, X_STAGES=X_STAGES,
-                                X_AHEAD=X_AHEAD)  # fmt: skip
-    if TEAMS == 1:
-        gl.warp_specialize([(multiply, (rings, 0, C)), (bring, (sources, C))], [4], [BRING_REGS])
-    elif TEAMS == 2:
+                                BRINGERS=BRINGERS)  # fmt: skip
+    if TEAMS == 1 and BRINGERS == 1:
         gl.warp_specialize(
-            [(multiply, (rings, 0, C)), (multiply, (rings, 1, C)), (bring, (sources, C))],
-            [4, 4], [REGS, BRING_REGS],
+            [(multiply, (rings, 0, C)), (bring, (sources, 0, C))],
+            [BRING_WARPS], [BRING_REGS],
         )  # fmt: skip
-    elif TEAMS == 3:
+    elif TEAMS == 1 and BRINGERS == 2:
         gl.warp_specialize(
-            [(multiply, (rings, 0, C)), (multiply, (rings, 1, C)), (multiply, (rings, 2, C)),
-             (bring, (sources, C))],
-            [4, 4, 4], [REGS, REGS, BRING_REGS],
+            [(multiply, (rings, 0, C)), (bring, (sources, 0, C)), (bring, (sources, 1, C))],
+            [BRING_WARPS, BRING_WARPS], [BRING_REGS, BRING_REGS],
         )  # fmt: skip
-    else:
+    elif TEAMS == 2 and BRINGERS == 1:
         gl.warp_specialize(
-            [(multiply, (rings, 0, C)), (multiply, (rings, 1, C)), (multiply, (rings, 2, C)),
-             (multiply, (rings, 3, C)), (bring, (sources, C))],
-            [4, 4, 4, 4], [REGS, REGS, REGS, BRING_REGS],
+            [(multiply, (rings, 0, C)), (multiply, (rings, 1, C)), (bring, (sources, 0, C))],
+            [4, BRING_WARPS], [REGS, BRING_REGS],
+        )  # fmt: skip
+    elif TEAMS == 2 and BRINGERS == 2:
+        gl.warp_specialize(
+            [(multiply, (rings, 0, C)), (multiply, (rings, 1, C)), (bring, (sources, 0, C)), (bring, (sources, 1, C))],
+            [4, BRING_WARPS, BRING_WARPS], [REGS, BRING_REGS, BRING_REGS],
+        )  # fmt: skip
+    elif TEAMS == 3 and BRINGERS == 1:
+        gl.warp_specialize(
+            [(multiply, (rings, 0, C)), (multiply, (rings, 1, C)), (multiply, (rings, 2, C)), (bring, (sources, 0, C))],
+            [4, 4, BRING_WARPS], [REGS, REGS, BRING_REGS],
+        )  # fmt: skip
+    elif TEAMS == 3 and BRINGERS == 2:
+        gl.warp_specialize(
+            [(multiply, (rings, 0, C)), (multiply, (rings, 1, C)), (multiply, (rings, 2, C)), (bring, (sources, 0, C)), (bring, (sources, 1, C))],
+            [4, 4, BRING_WARPS, BRING_WARPS], [REGS, REGS, BRING_REGS, BRING_REGS],
         )  # fmt: skip

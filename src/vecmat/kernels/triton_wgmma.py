@@ -70,11 +70,13 @@ class TritonWgmma(Fragments):
         elif kind == "int4":
             subs = 128 // (16 * lane) if m <= 16 else 64 // (16 * lane)
         config = {"ROWS": 64, "TEAMS": teams, "LANE_WORDS": lane, "UNROLL": unroll, "SUBS": subs, "W_STAGES": 4,
-                  "X_STAGES": 2, "X_AHEAD": 2 if m <= 64 else 1, "REGS": 128, "BRING_REGS": 128}  # fmt: skip
+                  "X_STAGES": 2, "BRINGERS": 2, "BRING_WARPS": 2, "REGS": 128, "BRING_REGS": 128}  # fmt: skip
         config.update({name: value for name, value in given.items() if name in config})
-        regs = (65536 // (each * (teams + 1) * 128)) // 8 * 8
+        groups = teams + config["BRINGERS"] * config["BRING_WARPS"] // 4
+        regs = (65536 // (each * groups * 128)) // 8 * 8
         if "REGS" not in given:
             config["REGS"] = config["BRING_REGS"] = min(regs, 168 if each == 1 else 128)
+            if config["BRINGERS"] * config["BRING_WARPS"] == 2 * 4: config["BRING_REGS"] = 96
         limit = (device.shared_bytes + 1024) // each - 1024
         x_stages = given.get("X_STAGES", 3)
         for stages in range(given.get("W_STAGES", 8), 2, -1):
