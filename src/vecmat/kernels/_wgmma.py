@@ -399,11 +399,11 @@ def program_of(step, each, more):
 def warpgroups(x_ptr, w_ptr, scale_ptr, zero_ptr, bias_ptr, y_ptr, part_ptr, count_ptr, N, row_words, groups, split, M,
                KIND: gl.constexpr, BF16: gl.constexpr, GROUP: gl.constexpr, ZERO: gl.constexpr, BIAS: gl.constexpr,
                EVEN: gl.constexpr, ALIGN: gl.constexpr, PDL: gl.constexpr, FROZEN: gl.constexpr, SPLIT: gl.constexpr,
-               BLOCK_M: gl.constexpr, ROWS: gl.constexpr, TEAMS: gl.constexpr, LANE_WORDS: gl.constexpr,
-               UNROLL: gl.constexpr, SUBS: gl.constexpr, W_STAGES: gl.constexpr, X_STAGES: gl.constexpr,
+               BLOCK_M: gl.constexpr, TEAMS: gl.constexpr, LANE_WORDS: gl.constexpr, UNROLL: gl.constexpr, SUBS: gl.constexpr, W_STAGES: gl.constexpr, X_STAGES: gl.constexpr,
                BRINGERS: gl.constexpr, BRING_WARPS: gl.constexpr, REGS: gl.constexpr,
                BRING_REGS: gl.constexpr):  # fmt: skip
     """y (M, N) = x (M, K) @ w (N, K).T * scale + bias."""
+    ROWS: gl.constexpr = 64  # of the weight, to a team
     WIDTH: gl.constexpr = 4 * LANE_WORDS * UNROLL * SUBS
     DEEP: gl.constexpr = WIDTH * per_word(KIND)
     X_TYPE: gl.constexpr = gl.bfloat16 if BF16 else gl.float16

@@ -5,11 +5,33 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import triton
+
 from ..device import Device
 from ..problem import Problem
 from ._gluon import PER_WORD, Cut, Fragments, kind_of, lane_words
 from ._wgmma import warpgroups
 from .base import Config
+
+_ROWS = 64  # of the weight, to a team: those of the instruction
+
+
+class Form(NamedTuple):
+    """A shape of programs: teams that multiply, values of K a step, groups of warps that bring and the warps of each,
+    registers of a thread of either, and how many programs share a multiprocessor."""
+
+    teams: int
+    deep: int
+    bringers: int
+    warps: int
+    regs: int
+    bring_regs: int
+    each: int
+
+
+def _values_ps(m: int) -> float:
+    """What a value of a weight takes 132 multiprocessors to be widened and multiplied by M rows, in picoseconds."""
+    return 0.13 + 0.0031 * m
 
 
 class TritonWgmma(Fragments):
@@ -29,6 +51,8 @@ class TritonWgmma(Fragments):
     def rejects(self, problem: Problem, device: Device) -> str | None:
         if device.kind == "cuda" and device.capability != 90:
             return f"warpgroup MMA is for compute capability 9.0; this is {device.arch}"
+        if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6):
+            return f"its warps have different work, for which it needs Triton 3.6; this is {triton.__version__}"
         if problem.m <= 8:
             return f"M={problem.m}; eight rows or fewer leave half of the instruction empty"
         group = problem.weight.group_size
@@ -38,68 +62,98 @@ class TritonWgmma(Fragments):
 
     def cut(self, problem: Problem, config: Config) -> Cut:
         """Programs that take equal shares of all steps of all tiles, one after the other."""
-        rows, teams, programs = int(config["ROWS"]), int(config["TEAMS"]), int(config["programs"])
-        tiles, steps = -(-problem.n // (rows * teams)), self._steps(problem, config)
-        alone = tiles % programs == 0  # each has whole tiles
-        floats = 0 if alone else 2 * programs * rows * teams * self.block_m(problem.m)
-        return Cut((programs, 1), floats, 0 if alone else tiles * teams)
-
-    def _steps(self, problem: Problem, config: Config) -> int:
-        return -(-problem.k // (self.step_words(config) * PER_WORD[kind_of(problem)]))
+        teams, programs = int(config["TEAMS"]), int(config["programs"])
+        tiles = -(-problem.n // (_ROWS * teams))
+        if tiles % programs == 0:  # each has whole tiles
+            return Cut((programs, 1), 0, 0)
+        return Cut((programs, 1), 2 * programs * _ROWS * teams * self.block_m(problem.m), tiles * teams)
 
     def configs(self, problem: Problem, device: Device) -> Sequence[Config]:
-        return [self.default_config(problem, device)]
+        found: list[Config] = []
+        for form in self._forms(problem):
+            config = self._config(problem, device, form)
+            if config is not None:
+                found += [{**config, "programs": each} for each in self._programs(problem, device, form, config)[:3]]
+        return found
 
     def default_config(self, problem: Problem, device: Device) -> Config:
-        return self._config(problem, device, 2, 1)
+        """The first form that fits, its work cut as estimated best."""
+        return self.configs(problem, device)[0]
 
-    def shared(self, problem: Problem, config: Config) -> int:
-        """Bytes of shared memory that a program takes."""
-        rows, teams, kind = int(config["ROWS"]), int(config["TEAMS"]), kind_of(problem)
-        block_m, words = self.block_m(problem.m), self.step_words(config)
-        deep, group = words * PER_WORD[kind], problem.weight.group_size
-        scales = teams * rows * max(1, deep // group) if group else teams * rows
-        weight = int(config["W_STAGES"]) * 4 * (rows * words * teams + scales)
-        return weight + int(config["X_STAGES"]) * 2 * block_m * deep + teams * 2 * rows * block_m + 1024
+    def _forms(self, problem: Problem) -> list[Form]:
+        """The forms that won somewhere on an H200 (docs/measured.md), the best guess first; the last fits always."""
+        m, kind, grouped = self.block_m(problem.m), kind_of(problem), bool(problem.weight.group_size)
+        many = grouped and (kind != "int4" or not problem.weight.symmetric)  # registers
+        if m == 32 and many:
+            return [Form(2, 128, 2, 2, 184, 144, 1)]
+        if m <= 32:
+            one = kind == "int4" and m == 32
+            return [
+                Form(2, 256, 1, 4, 168, 168, 1) if one else Form(2, 256, 2, 2, 168, 168, 1),
+                Form(1, 128, 2, 2, 128, 128, 2),
+                Form(2, 128, 2, 2, 168, 168, 1),
+            ]
+        if m == 64:
+            if grouped:
+                return [Form(2, 64, 2, 2, 200, 104, 1) if many else Form(2, 128, 2, 2, 168, 168, 1)]
+            return [Form(2, 128, 2, 4, 160, 96, 1), Form(2, 128, 2, 2, 168, 168, 1), Form(1, 128, 2, 2, 128, 128, 2)]
+        return [Form(1, 64, 2, 2, 232, 232, 1)]
 
-    def _config(self, problem: Problem, device: Device, teams: int, each: int, **given: int) -> Config:
-        kind, m, group = kind_of(problem), self.block_m(problem.m), problem.weight.group_size
-        lane, unroll, subs = lane_words(problem), 1, 2
-        if kind == "dense":
-            unroll = 2
-        elif kind == "int4":
-            subs = 128 // (16 * lane) if m <= 16 else 64 // (16 * lane)
-        config = {"ROWS": 64, "TEAMS": teams, "LANE_WORDS": lane, "UNROLL": unroll, "SUBS": subs, "W_STAGES": 4,
-                  "X_STAGES": 2, "BRINGERS": 2, "BRING_WARPS": 2, "REGS": 128, "BRING_REGS": 128}  # fmt: skip
-        config.update({name: value for name, value in given.items() if name in config})
-        groups = teams + config["BRINGERS"] * config["BRING_WARPS"] // 4
-        regs = (65536 // (each * groups * 128)) // 8 * 8
-        if "REGS" not in given:
-            config["REGS"] = config["BRING_REGS"] = min(regs, 168 if each == 1 else 128)
-            if config["BRINGERS"] * config["BRING_WARPS"] == 2 * 4: config["BRING_REGS"] = 96
-        limit = (device.shared_bytes + 1024) // each - 1024
-        x_stages = given.get("X_STAGES", 3)
-        for stages in range(given.get("W_STAGES", 8), 2, -1):
-            config["W_STAGES"], config["X_STAGES"] = stages, min(x_stages, stages - 1)
-            if self.shared(problem, config) <= limit:
-                break
-        tiles = -(-problem.n // (64 * teams))
-        steps = self._steps(problem, config)
-        programs = given.get("programs", min(each * device.units, max(tiles, tiles * steps // 4)))
-        config["programs"] = programs
-        made = {**config, "num_warps": 4}
-        if each > 1:
-            made["maxnreg"] = min(regs, 128)
-        return made
+    def _config(self, problem: Problem, device: Device, form: Form) -> dict[str, int] | None:
+        """A form with as many stages as fit, None if too few do."""
+        kind = kind_of(problem)
+        lane, unroll = lane_words(problem), 2 if kind == "dense" else 1
+        if kind == "int4" and self.block_m(problem.m) > 32:
+            lane = min(lane, 2)  # shorter MMAs, fewer registers
+        sub = 4 * lane * unroll * PER_WORD[kind]
+        deep = max(sub, form.deep // 2 if kind == "dense" else form.deep)
+        config = {"TEAMS": form.teams, "LANE_WORDS": lane, "UNROLL": unroll, "SUBS": deep // sub, "W_STAGES": 8,
+                  "X_STAGES": 3, "BRINGERS": form.bringers, "BRING_WARPS": form.warps, "REGS": form.regs,
+                  "BRING_REGS": form.bring_regs, "programs": 0, "num_warps": 4}  # fmt: skip
+        if form.each > 1:
+            config["maxnreg"] = form.regs
+        limit = (device.shared_bytes + 1024) // form.each - 1024
+        for stages in range(8, 2, -1):
+            config.update(W_STAGES=stages, X_STAGES=min(3, stages - 1))
+            if self._shared_bytes(problem, config) <= limit:
+                return config
+        return None
+
+    def _shared_bytes(self, problem: Problem, config: Config) -> int:
+        """Bytes of shared memory that a program takes, barriers and the last turning of y included."""
+        teams, block_m, words = int(config["TEAMS"]), self.block_m(problem.m), self.step_words(config)
+        deep, group = words * PER_WORD[kind_of(problem)], problem.weight.group_size
+        scales = max(1, deep // group) if group else 1
+        weight = int(config["W_STAGES"]) * teams * 4 * _ROWS * (words + scales)
+        return weight + int(config["X_STAGES"]) * 2 * block_m * deep + teams * 2 * _ROWS * block_m + 1024
+
+    def _programs(self, problem: Problem, device: Device, form: Form, config: Config) -> list[int]:
+        """In how many programs to launch a form, the best guess first.
+
+        Of equal parts of a tile, or as many as the device runs at once; guessed from what a step and the sum of the
+        parts took on an H200.
+        """
+        tiles, most = -(-problem.n // (_ROWS * form.teams)), form.each * device.units
+        deep = self.step_words(config) * PER_WORD[kind_of(problem)]
+        steps = -(-problem.k // deep)
+        step_us = _ROWS * form.teams * deep * _values_ps(self.block_m(problem.m)) * 132e-6 * form.each
+
+        def us(programs: int) -> float:
+            parts, whole = -(-programs // tiles), tiles % programs == 0
+            uneven = not whole and programs % tiles > 0
+            return -(-tiles * steps // programs) * step_us + 0.35 * (parts - 1) + (not whole) * 0.8 + uneven * 1.3
+
+        parts = (1, 2, 3, 4, 6, 8, 12, 16)
+        cuts = {tiles * each for each in parts if tiles * each <= most and (each == 1 or 2 * each <= steps)}
+        return sorted(cuts | {min(most, tiles * steps)}, key=us)
 
     def estimate_us(self, problem: Problem, device: Device, config: Config) -> float:
-        """As measured on an H100: the bytes at 0.92 of the bandwidth or, for 132 multiprocessors, what a weight takes
-        to be widened and multiplied by M rows (0.18, 0.25, 0.39 ps for 16, 32, 64), and a start."""
-        bytes_us = problem.bytes_moved / (0.92 * device.read_gbs) * 1e-3
-        values_us = problem.n * problem.k * (0.11 + 0.0043 * problem.m) * 1e-6 * 132 / device.units
-        return 4.0 + 0.06 * problem.m + max(bytes_us, values_us)
+        """As measured on an H200: the bytes at 0.9 of the bandwidth or what the values take, and a start."""
+        bytes_us = problem.bytes_moved / (0.9 * device.read_gbs) * 1e-3
+        values_us = problem.n * problem.k * _values_ps(problem.m) * 1e-6 * 132 / device.units
+        return 3.0 + 0.08 * problem.m + max(bytes_us, values_us)
 
     def reduction(self, problem: Problem, config: Config) -> str:
         step = f"{config['LANE_WORDS']} x {config['UNROLL']} words of {problem.weight}, {config['SUBS']} to a step"
-        tiles = f"tiles of {int(config['ROWS']) * int(config['TEAMS'])}"
+        tiles = f"tiles of {_ROWS * int(config['TEAMS'])}"
         return f"fp32, warpgroup MMAs of 16, {step}, {tiles} in {config['programs']} shares"
