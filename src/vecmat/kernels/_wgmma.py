@@ -1,14 +1,11 @@
-"""The programs of ``triton_wgmma``: warps that bring, and warps that multiply."""
+"""The programs of ``triton_wgmma``: warps that bring (``_bring``), warps that multiply, and barriers between."""
 
 from __future__ import annotations
-
-import dataclasses
 
 import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
-    async_copy,
     fence_async_shared,
     mbarrier,
     warpgroup_mma,
@@ -16,71 +13,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from ._gluon import fragments, halves, in_order, per_word, powers, word_layout
-from ._widen import widened_by
+from ._bring import bring, constants_of, of
+from ._gluon import fragments, per_word, powers, word_layout
 from ._triton import gdc_launch_dependents, gdc_wait
-
-
-@dataclasses.dataclass(frozen=True)
-class Constants:
-    """The constants of a launch, which go to its warps as one."""
-
-    KIND: str
-    BF16: bool
-    GROUP: int
-    ZERO: bool
-    BIAS: bool
-    EVEN: bool
-    ALIGN: int
-    PDL: bool
-    FROZEN: bool
-    SPLIT: bool
-    BLOCK_M: int
-    ROWS: int
-    TEAMS: int
-    LANE_WORDS: int
-    UNROLL: int
-    SUBS: int
-    W_STAGES: int
-    X_STAGES: int
-    BRINGERS: int
-
-
-@gluon.constexpr_function
-def constants_of(**fields):
-    """Constants, made in a kernel."""
-    return Constants(**fields)
-
-
-@gluon.constexpr_function
-def of(constants, name):
-    """One of the constants, in a kernel."""
-    return getattr(constants, name)
-
-
-@gluon.constexpr_function
-def x_layout(LANE, UNROLL, ROWS, WARPS):
-    """Layout of a tile (ROWS, 4 * LANE * UNROLL) of x, as words of two: 16 bytes to a thread, which it stores by words.
-
-    An MMA's 16 bytes come from all four lanes of a row, so the threads of a warp take the places of the four (and two
-    of each), and four rows: whole sectors of memory, and every bank of shared memory once.
-    """
-    warps = WARPS.bit_length() - 1
-    other = 4 if LANE >= 8 else 4 * LANE
-    lanes = [[0, LANE], [0, 2 * LANE], [0, other], [1, 0], [2, 0]]
-    words = [[0, bit] for bit in powers(4 * LANE * UNROLL) if bit >= 4 and [0, bit] not in lanes]
-    rows = [[bit, 0] for bit in powers(ROWS) if bit >= 4]
-    rest = rows[:warps] + words + rows[warps:]
-    rest += [[0, 0]] * (warps - len(rest))  # more threads than there is work for
-    return gl.DistributedLinearLayout([[0, 1], [0, 2], *rest[warps:]], lanes, rest[:warps], [],
-                                      [ROWS, 4 * LANE * UNROLL])  # fmt: skip
-
-
-@gluon.constexpr_function
-def copy_layout(WIDTH, WARPS):
-    """Layout of the copy of a tile WIDTH words wide, whole rows at a time."""
-    lanes = min(32, WIDTH // 4)
-    return gl.BlockedLayout([1, 4], [32 // lanes, lanes], [WARPS, 1], [1, 0])
+from ._widen import widened_by
 
 
 @gluon.constexpr_function
@@ -94,123 +30,6 @@ def share(total, program, programs):
     """The first step of a program's share of all steps."""
     each = total // programs
     return program * each + gl.minimum(program, total - each * programs)
-
-
-@gluon.jit
-def later(tile, turn, steps, COUNT: gl.constexpr):
-    """The tile, and the step of it, that COUNT steps later is."""
-    for _ in gl.static_range(COUNT):
-        last = turn + 1 == steps
-        tile = gl.where(last, tile + 1, tile)
-        turn = gl.where(last, 0, turn + 1)
-    return tile, turn
-
-
-@gluon.jit
-def copy_weight(w_ptr, scale_ptr, w_ring, s_ring, ready, r, c, s_row, tile, turn, done, N, row_words, groups,
-                KIND: gl.constexpr, GROUP: gl.constexpr, EVEN: gl.constexpr, ALIGN: gl.constexpr, ROWS: gl.constexpr,
-                TEAMS: gl.constexpr, WIDTH: gl.constexpr, W_STAGES: gl.constexpr):  # fmt: skip
-    """Start the copies of a step's weight words and scales, which arrive at the barrier of its slot.
-
-    Zeros come past N and K.
-    """
-    DEEP: gl.constexpr = WIDTH * per_word(KIND)
-    PARTS: gl.constexpr = max(1, DEEP // GROUP) if GROUP > 0 else 1
-    slot = done % W_STAGES
-    words = row_words * ALIGN
-    offsets = r * words + c
-    for team in gl.static_range(TEAMS):
-        first = (tile * TEAMS + team) * ROWS
-        pointers = w_ptr + (first.to(gl.int64) * words + turn * WIDTH) + offsets
-        if EVEN:
-            mask = (r < N - first) & (c >= 0)
-        else:
-            mask = (r < N - first) & (c < words - turn * WIDTH)
-        async_copy.async_copy_global_to_shared(w_ring.index(slot * TEAMS + team), pointers, mask=mask)
-        if GROUP > 0:
-            for part in gl.static_range(PARTS):
-                group = gl.minimum((turn * DEEP + part * GROUP) // GROUP, groups - 1)
-                s_slot = s_ring.index((slot * TEAMS + team) * PARTS + part)
-                s_pointers = scale_ptr + (group * N + first) + s_row
-                async_copy.async_copy_global_to_shared(s_slot, s_pointers, mask=s_row < N - first)
-    async_copy.mbarrier_arrive(ready.index(slot), increment_count=False)
-
-
-@gluon.jit
-def load_x(x_ptr, offsets, at, turn, words, WORDS: gl.constexpr, EVEN: gl.constexpr):
-    """A step's tile of x in words of two values, zeros past K."""
-    pointers = x_ptr + turn * WORDS + offsets
-    if EVEN:
-        return gl.load(pointers)
-    else:
-        return gl.load(pointers, mask=at < words - turn * WORDS, other=0)
-
-
-@gluon.jit
-def bring(sources, WHO: gl.constexpr, C: gl.constexpr):
-    """Warps that bring the weight into its ring and x, put into the fragments' order on the way, into its own.
-
-    The weight is W_STAGES - X_STAGES steps ahead of x, so that one barrier tells that a slot of either is free.
-    Rows of x past M repeat the last.
-    """
-    (x_ptr, w_ptr, scale_ptr, x_ring, w_ring, s_ring, x_ready, w_ready, free, start, end, steps, N, row_words, groups,
-     M) = sources  # fmt: skip
-    KIND: gl.constexpr = of(C, "KIND")
-    BF16: gl.constexpr = of(C, "BF16")
-    GROUP: gl.constexpr = of(C, "GROUP")
-    EVEN: gl.constexpr = of(C, "EVEN")
-    ALIGN: gl.constexpr = of(C, "ALIGN")
-    PDL: gl.constexpr = of(C, "PDL")
-    FROZEN: gl.constexpr = of(C, "FROZEN")
-    BLOCK_M: gl.constexpr = of(C, "BLOCK_M")
-    ROWS: gl.constexpr = of(C, "ROWS")
-    TEAMS: gl.constexpr = of(C, "TEAMS")
-    LANE_WORDS: gl.constexpr = of(C, "LANE_WORDS")
-    W_STAGES: gl.constexpr = of(C, "W_STAGES")
-    X_STAGES: gl.constexpr = of(C, "X_STAGES")
-    BRINGERS: gl.constexpr = of(C, "BRINGERS")
-    WARPS: gl.constexpr = gl.num_warps()
-    VALUES: gl.constexpr = per_word(KIND)
-    X_WORDS: gl.constexpr = VALUES // 2
-    UNROLL: gl.constexpr = of(C, "UNROLL") * of(C, "SUBS")
-    WIDTH: gl.constexpr = 4 * LANE_WORDS * UNROLL
-    DEEP: gl.constexpr = WIDTH * VALUES
-    LEAD: gl.constexpr = W_STAGES - X_STAGES
-    COPY: gl.constexpr = copy_layout(WIDTH, WARPS)
-    X_TILE: gl.constexpr = x_layout(LANE_WORDS * X_WORDS, UNROLL, BLOCK_M, WARPS)
-    r = gl.expand_dims(gl.arange(0, ROWS, layout=gl.SliceLayout(1, COPY)), 1)
-    c = gl.expand_dims(gl.arange(0, WIDTH, layout=gl.SliceLayout(0, COPY)), 0)
-    s_row = gl.arange(0, ROWS, layout=gl.BlockedLayout([1], [32], [WARPS], [0]))
-    m = gl.expand_dims(gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, X_TILE)), 1)
-    at = gl.expand_dims(gl.arange(0, DEEP // 2, layout=gl.SliceLayout(0, X_TILE)), 0)
-    words = row_words * ALIGN * X_WORDS
-    offsets = gl.minimum(m, M - 1) * words + at
-    w_tile, w_turn = later(start // steps, start % steps, steps, WHO)
-    turn = w_turn
-    if PDL and not FROZEN:
-        gdc_wait()
-    for done in range(WHO, LEAD, BRINGERS):
-        if start + done < end:
-            copy_weight(w_ptr, scale_ptr, w_ring, s_ring, w_ready, r, c, s_row, w_tile, w_turn, done, N, row_words,
-                        groups, KIND, GROUP, EVEN, ALIGN, ROWS, TEAMS, WIDTH, W_STAGES)  # fmt: skip
-        w_tile, w_turn = later(w_tile, w_turn, steps, BRINGERS)
-    if PDL and FROZEN:
-        gdc_wait()
-    x = load_x(x_ptr, offsets, at, turn, words, DEEP // 2, EVEN)
-    w_tile, w_turn = later(start // steps, start % steps, steps, LEAD + WHO)
-    for done in range(WHO, end - start, BRINGERS):
-        slot = done % X_STAGES
-        mbarrier.wait(free.index(slot), (done // X_STAGES & 1) ^ 1)
-        if start + done + LEAD < end:
-            copy_weight(w_ptr, scale_ptr, w_ring, s_ring, w_ready, r, c, s_row, w_tile, w_turn, done + LEAD, N,
-                        row_words, groups, KIND, GROUP, EVEN, ALIGN, ROWS, TEAMS, WIDTH, W_STAGES)  # fmt: skip
-        w_tile, w_turn = later(w_tile, w_turn, steps, BRINGERS)
-        low, high = halves(x, BF16)
-        x_ring.index(slot).store(in_order(gl.join(low, high), KIND, BLOCK_M, LANE_WORDS * VALUES, UNROLL))
-        _, turn = later(0, turn, steps, BRINGERS)
-        x = load_x(x_ptr, offsets, at, turn, words, DEEP // 2, EVEN)
-        mbarrier.arrive(x_ready.index(slot), count=1)
-    async_copy.wait_group(0)
 
 
 @gluon.jit
@@ -231,26 +50,36 @@ def nth(tile, index: gl.constexpr, ROWS: gl.constexpr, COUNT: gl.constexpr):
 
 
 @gluon.jit
-def join(y, part_ptr, count_ptr, block, first, parts, program, programs, n, m, BLOCK_N: gl.constexpr,
+def join(y, part_ptr, count_ptr, block, tile, steps, done, program, programs, total_steps, n, m, BLOCK_N: gl.constexpr,
          BLOCK_M: gl.constexpr, TEAMS: gl.constexpr, TEAM: gl.constexpr):  # fmt: skip
-    """(the sum of a block's parts, in order, in the program that comes last; whether this is the one)."""
-    SIZE: gl.constexpr = TEAMS * BLOCK_N * BLOCK_M
-    inside = TEAM * (BLOCK_N * BLOCK_M) + n * BLOCK_M + m
-    # A program has two parts at most: one begins its block, one does not.
-    mine = gl.where(program == first, programs + first, program)
-    gl.store(part_ptr + mine * SIZE + inside, y)
-    tl.debug_barrier()  # every thread's part is stored before this program says that it is
-    is_last = gl.atomic_add(count_ptr + block, 1, sem="acq_rel") == parts - 1
-    tl.debug_barrier()
+    """(the sum of a block's parts, in order, in the program that comes last; whether this is the one).
+
+    done: steps of the block that y is the sum of.
+    """
     total = y
-    if is_last:
-        gl.store(count_ptr + block, 0)
-        total = gl.load(part_ptr + (programs + first) * SIZE + inside, cache_modifier=".cg")
-        for other in range(1, parts, 2):
-            pointers = part_ptr + (first + other) * SIZE + inside
-            one = gl.load(pointers, cache_modifier=".cg")
-            two = gl.load(pointers + SIZE, mask=other + 1 < parts, other=0.0, cache_modifier=".cg")
-            total = total + one + two
+    is_last = True
+    if done < steps:
+        # The parts of a tile are its programs': those whose shares begin before its end.
+        each = total_steps // programs
+        more = total_steps - each * programs
+        first = program_of(tile * steps, each, more)
+        parts = program_of((tile + 1) * steps - 1, each, more) - first + 1
+        SIZE: gl.constexpr = TEAMS * BLOCK_N * BLOCK_M
+        inside = TEAM * (BLOCK_N * BLOCK_M) + n * BLOCK_M + m
+        # A program has two parts at most: one begins its tile, one does not.
+        mine = gl.where(program == first, programs + first, program)
+        gl.store(part_ptr + mine * SIZE + inside, y)
+        tl.debug_barrier()  # every thread's part is stored before this program says that it is
+        is_last = gl.atomic_add(count_ptr + block, 1, sem="acq_rel") == parts - 1
+        tl.debug_barrier()
+        if is_last:
+            gl.store(count_ptr + block, 0)
+            total = gl.load(part_ptr + (programs + first) * SIZE + inside, cache_modifier=".cg")
+            for other in range(1, parts, 2):
+                pointers = part_ptr + (first + other) * SIZE + inside
+                one = gl.load(pointers, cache_modifier=".cg")
+                two = gl.load(pointers + SIZE, mask=other + 1 < parts, other=0.0, cache_modifier=".cg")
+                total = total + one + two
     return total, is_last
 
 
@@ -266,8 +95,8 @@ def load_zeros(pointers, turn, groups, N, more, DEEP: gl.constexpr, GROUP: gl.co
 def zeros_layout(PARTS):
     """Layout of zero points (64, PARTS) in which a thread has those of the rows of its words."""
     parts = [[0, i] for i in powers(PARTS)]
-    return gl.DistributedLinearLayout([[8, 0], *parts], [[0, 0], [0, 0], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [],
-                                      [64, PARTS])  # fmt: skip
+    lanes = [[0, 0], [0, 0], [1, 0], [2, 0], [4, 0]]
+    return gl.DistributedLinearLayout([[8, 0], *parts], lanes, [[16, 0], [32, 0]], [], [64, PARTS])
 
 
 @gluon.jit
@@ -335,6 +164,8 @@ def multiply(rings, TEAM: gl.constexpr, C: gl.constexpr):
                 w = nth(words, sub, ROWS, SUBS)
                 if GROUP > 0 and sub % CHAIN == 0:
                     scale = s_ring.index((slot * TEAMS + TEAM) * PARTS + sub // CHAIN).load(BY_ROW)
+                if GROUP > 0 and SUBS == 1:
+                    total += warpgroup_mma_wait(0, deps=[product]) * gl.expand_dims(before, 1)
                 z = 0
                 if ZERO:
                     z = gl.convert_layout(nth(zero, sub // CHAIN, ROWS, PARTS), gl.SliceLayout(1, w.type.layout))
@@ -345,16 +176,20 @@ def multiply(rings, TEAM: gl.constexpr, C: gl.constexpr):
                     # Here and not where x is written: it waits for all copies that a thread has under way.
                     fence_async_shared()
                 right = x_ring.index(x_slot).slice(sub * SUB_DEEP, SUB_DEEP, dim=1).permute((1, 0))
+                # An MMA under way reads the registers of its left operand, which the same part of the next step fills:
+                # by then all but the last MMA have ended.
                 if GROUP > 0:
                     if sub % CHAIN == 0:
-                        total += warpgroup_mma_wait(0, deps=[product]) * gl.expand_dims(before, 1)
+                        if SUBS > 1:
+                            total += warpgroup_mma_wait(0, deps=[product]) * gl.expand_dims(before, 1)
                         before = scale
                         product = warpgroup_mma(left, right, zeros, use_acc=False, is_async=True)
                     else:
                         product = warpgroup_mma(left, right, product, is_async=True)
+                        product = warpgroup_mma_init(warpgroup_mma_wait(1, deps=[product]))
                 else:
                     product = warpgroup_mma(left, right, product, is_async=True)
-                    product = warpgroup_mma_wait(1, deps=[product])
+                    product = warpgroup_mma_wait(1 if SUBS > 1 else 0, deps=[product])
                 if sub == 0:
                     # The MMAs of the step before have ended.
                     mbarrier.arrive(free.index((done + X_STAGES - 1) % X_STAGES), count=1, pred=step > low)
@@ -370,14 +205,8 @@ def multiply(rings, TEAM: gl.constexpr, C: gl.constexpr):
         m = gl.expand_dims(gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, ACC)), 0)
         is_last = True
         if SPLIT:
-            if high - low < steps:
-                # The parts of a tile are its programs': those whose shares begin before its end.
-                each = total_steps // programs
-                more = total_steps - each * programs
-                first = program_of(tile * steps, each, more)
-                parts = program_of((tile + 1) * steps - 1, each, more) - first + 1
-                y, is_last = join(y, part_ptr, count_ptr, block, first, parts, program, programs, n, m, ROWS, BLOCK_M,
-                                  TEAMS, TEAM)  # fmt: skip
+            y, is_last = join(y, part_ptr, count_ptr, block, tile, steps, high - low, program, programs, total_steps, n,
+                              m, ROWS, BLOCK_M, TEAMS, TEAM)  # fmt: skip
         if SCALED:
             y *= gl.expand_dims(row_scale, 1)
         if BIAS:
@@ -399,10 +228,14 @@ def program_of(step, each, more):
 def warpgroups(x_ptr, w_ptr, scale_ptr, zero_ptr, bias_ptr, y_ptr, part_ptr, count_ptr, N, row_words, groups, split, M,
                KIND: gl.constexpr, BF16: gl.constexpr, GROUP: gl.constexpr, ZERO: gl.constexpr, BIAS: gl.constexpr,
                EVEN: gl.constexpr, ALIGN: gl.constexpr, PDL: gl.constexpr, FROZEN: gl.constexpr, SPLIT: gl.constexpr,
-               BLOCK_M: gl.constexpr, TEAMS: gl.constexpr, LANE_WORDS: gl.constexpr, UNROLL: gl.constexpr, SUBS: gl.constexpr, W_STAGES: gl.constexpr, X_STAGES: gl.constexpr,
-               BRINGERS: gl.constexpr, BRING_WARPS: gl.constexpr, REGS: gl.constexpr,
-               BRING_REGS: gl.constexpr):  # fmt: skip
-    """y (M, N) = x (M, K) @ w (N, K).T * scale + bias."""
+               BLOCK_M: gl.constexpr, TEAMS: gl.constexpr, LANE_WORDS: gl.constexpr, UNROLL: gl.constexpr,
+               SUBS: gl.constexpr, W_STAGES: gl.constexpr, X_STAGES: gl.constexpr, BRINGERS: gl.constexpr,
+               BRING_WARPS: gl.constexpr, REGS: gl.constexpr, BRING_REGS: gl.constexpr):  # fmt: skip
+    """y (M, N) = x (M, K) @ w (N, K).T * scale + bias; a program an equal share of all steps of all tiles.
+
+    A tile is TEAMS * 64 rows of w, a step SUBS MMAs of 4 * LANE_WORDS * UNROLL words of each. The programs that share
+    a tile add its parts in the order of K. row_words: words in a row of w, ALIGN of them taken for one.
+    """
     ROWS: gl.constexpr = 64  # of the weight, to a team
     WIDTH: gl.constexpr = 4 * LANE_WORDS * UNROLL * SUBS
     DEEP: gl.constexpr = WIDTH * per_word(KIND)
@@ -434,37 +267,36 @@ def warpgroups(x_ptr, w_ptr, scale_ptr, zero_ptr, bias_ptr, y_ptr, part_ptr, cou
              start, end, steps, program, programs, total_steps, N, groups, M)  # fmt: skip
     sources = (x_ptr, w_ptr, scale_ptr, x_ring, w_ring, s_ring, x_ready, w_ready, free, start, end, steps, N, row_words,
                groups, M)  # fmt: skip
-    C: gl.constexpr = constants_of(KIND=KIND, BF16=BF16, GROUP=GROUP, ZERO=ZERO, BIAS=BIAS, EVEN=EVEN, ALIGN=ALIGN, PDL=PDL,
-                                FROZEN=FROZEN, SPLIT=SPLIT, BLOCK_M=BLOCK_M, ROWS=ROWS, TEAMS=TEAMS,
-                                LANE_WORDS=LANE_WORDS, UNROLL=UNROLL, SUBS=SUBS, W_STAGES=W_STAGES, X_STAGES=X_STAGES,
-                                BRINGERS=BRINGERS)  # fmt: skip
+    C: gl.constexpr = constants_of(KIND=KIND, BF16=BF16, GROUP=GROUP, ZERO=ZERO, BIAS=BIAS, EVEN=EVEN,
+                                ALIGN=ALIGN, PDL=PDL, FROZEN=FROZEN, SPLIT=SPLIT, BLOCK_M=BLOCK_M, ROWS=ROWS,
+                                TEAMS=TEAMS, LANE_WORDS=LANE_WORDS, UNROLL=UNROLL, SUBS=SUBS, W_STAGES=W_STAGES,
+                                X_STAGES=X_STAGES, BRINGERS=BRINGERS)  # fmt: skip
+    gl.static_assert(TEAMS <= 2 and BRINGERS <= 2)
     if TEAMS == 1 and BRINGERS == 1:
         gl.warp_specialize(
-            [(multiply, (rings, 0, C)), (bring, (sources, 0, C))],
-            [BRING_WARPS], [BRING_REGS],
+            [(multiply, (rings, 0, C)),
+             (bring, (sources, 0, C))],
+            [BRING_WARPS],
+            [BRING_REGS],
         )  # fmt: skip
     elif TEAMS == 1 and BRINGERS == 2:
         gl.warp_specialize(
-            [(multiply, (rings, 0, C)), (bring, (sources, 0, C)), (bring, (sources, 1, C))],
-            [BRING_WARPS, BRING_WARPS], [BRING_REGS, BRING_REGS],
+            [(multiply, (rings, 0, C)),
+             (bring, (sources, 0, C)), (bring, (sources, 1, C))],
+            [BRING_WARPS, BRING_WARPS],
+            [BRING_REGS, BRING_REGS],
         )  # fmt: skip
     elif TEAMS == 2 and BRINGERS == 1:
         gl.warp_specialize(
-            [(multiply, (rings, 0, C)), (multiply, (rings, 1, C)), (bring, (sources, 0, C))],
-            [4, BRING_WARPS], [REGS, BRING_REGS],
+            [(multiply, (rings, 0, C)), (multiply, (rings, 1, C)),
+             (bring, (sources, 0, C))],
+            [4, BRING_WARPS],
+            [REGS, BRING_REGS],
         )  # fmt: skip
-    elif TEAMS == 2 and BRINGERS == 2:
+    else:
         gl.warp_specialize(
-            [(multiply, (rings, 0, C)), (multiply, (rings, 1, C)), (bring, (sources, 0, C)), (bring, (sources, 1, C))],
-            [4, BRING_WARPS, BRING_WARPS], [REGS, BRING_REGS, BRING_REGS],
-        )  # fmt: skip
-    elif TEAMS == 3 and BRINGERS == 1:
-        gl.warp_specialize(
-            [(multiply, (rings, 0, C)), (multiply, (rings, 1, C)), (multiply, (rings, 2, C)), (bring, (sources, 0, C))],
-            [4, 4, BRING_WARPS], [REGS, REGS, BRING_REGS],
-        )  # fmt: skip
-    elif TEAMS == 3 and BRINGERS == 2:
-        gl.warp_specialize(
-            [(multiply, (rings, 0, C)), (multiply, (rings, 1, C)), (multiply, (rings, 2, C)), (bring, (sources, 0, C)), (bring, (sources, 1, C))],
-            [4, 4, BRING_WARPS, BRING_WARPS], [REGS, REGS, BRING_REGS, BRING_REGS],
+            [(multiply, (rings, 0, C)), (multiply, (rings, 1, C)),
+             (bring, (sources, 0, C)), (bring, (sources, 1, C))],
+            [4, BRING_WARPS, BRING_WARPS],
+            [REGS, BRING_REGS, BRING_REGS],
         )  # fmt: skip

@@ -31,7 +31,7 @@ class Form(NamedTuple):
 
 def _values_ps(m: int) -> float:
     """What a value of a weight takes 132 multiprocessors to be widened and multiplied by M rows, in picoseconds."""
-    return 0.13 + 0.0031 * m
+    return 0.105 + 0.0034 * m  # int4, 8192 x 57344 on an H200: 0.166, 0.206, 0.32 at 16, 32, 64
 
 
 class TritonWgmma(Fragments):
@@ -97,7 +97,7 @@ class TritonWgmma(Fragments):
             if grouped:
                 return [Form(2, 64, 2, 2, 200, 104, 1) if many else Form(2, 128, 2, 2, 168, 168, 1)]
             return [Form(2, 128, 2, 4, 160, 96, 1), Form(2, 128, 2, 2, 168, 168, 1), Form(1, 128, 2, 2, 128, 128, 2)]
-        return [Form(1, 64, 2, 2, 232, 232, 1)]
+        return [Form(1, 64, 2, 4, 240, 136, 1) if many else Form(1, 128, 2, 4, 232, 136, 1)]
 
     def _config(self, problem: Problem, device: Device, form: Form) -> dict[str, int] | None:
         """A form with as many stages as fit, None if too few do."""
@@ -134,24 +134,32 @@ class TritonWgmma(Fragments):
         parts took on an H200.
         """
         tiles, most = -(-problem.n // (_ROWS * form.teams)), form.each * device.units
-        deep = self.step_words(config) * PER_WORD[kind_of(problem)]
-        steps = -(-problem.k // deep)
-        step_us = _ROWS * form.teams * deep * _values_ps(self.block_m(problem.m)) * 132e-6 * form.each
+        steps = self._steps(problem, config)
+        # Parts of equal steps, two or more of them: others are not worth their sums.
+        parts = [each for each in (1, 2, 4, 8, 16) if steps % each == 0 and (each == 1 or 2 * each <= steps)]
+        cuts = {tiles * each for each in parts if tiles * each <= most} | {min(most, tiles * steps)}
+        return sorted(cuts, key=lambda programs: self._work_us(problem, {**config, "programs": programs}))
 
-        def us(programs: int) -> float:
-            parts, whole = -(-programs // tiles), tiles % programs == 0
-            uneven = not whole and programs % tiles > 0
-            return -(-tiles * steps // programs) * step_us + 0.35 * (parts - 1) + (not whole) * 0.8 + uneven * 1.3
+    def _steps(self, problem: Problem, config: Config) -> int:
+        return -(-problem.k // (self.step_words(config) * PER_WORD[kind_of(problem)]))
 
-        parts = (1, 2, 3, 4, 6, 8, 12, 16)
-        cuts = {tiles * each for each in parts if tiles * each <= most and (each == 1 or 2 * each <= steps)}
-        return sorted(cuts | {min(most, tiles * steps)}, key=us)
+    def _work_us(self, problem: Problem, config: Config) -> float:
+        """What the longest program takes on an H200 if the bytes are there: its steps, and the sums of parts."""
+        m, teams, programs = self.block_m(problem.m), int(config["TEAMS"]), int(config["programs"])
+        tiles, steps = -(-problem.n // (_ROWS * teams)), self._steps(problem, config)
+        values = _ROWS * teams * self.step_words(config) * PER_WORD[kind_of(problem)]
+        step_us = values * _values_ps(m) * 132e-6 * (2 if "maxnreg" in config else 1)
+        us = -(-tiles * steps // programs) * step_us
+        if tiles % programs:
+            parts, sum_us = -(-programs // tiles), 2.2 + 0.02 * m
+            equal = programs % tiles == 0 and steps % parts == 0
+            us += sum_us + 0.35 * (parts - 1) + (0 if equal else sum_us + 1.3)  # others have two sums
+        return us
 
     def estimate_us(self, problem: Problem, device: Device, config: Config) -> float:
-        """As measured on an H200: the bytes at 0.9 of the bandwidth or what the values take, and a start."""
+        """As measured on an H200: the bytes at 0.9 of the bandwidth, or the work, and a start."""
         bytes_us = problem.bytes_moved / (0.9 * device.read_gbs) * 1e-3
-        values_us = problem.n * problem.k * _values_ps(problem.m) * 1e-6 * 132 / device.units
-        return 3.0 + 0.08 * problem.m + max(bytes_us, values_us)
+        return 2.0 + max(bytes_us, self._work_us(problem, config) * 132 / device.units)
 
     def reduction(self, problem: Problem, config: Config) -> str:
         step = f"{config['LANE_WORDS']} x {config['UNROLL']} words of {problem.weight}, {config['SUBS']} to a step"
