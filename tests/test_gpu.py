@@ -11,7 +11,6 @@ from torch import Tensor
 import vecmat
 from oracle import Truth
 from vecmat.kernels import registry
-from vecmat.kernels._gluon import Fragments
 from vecmat.ops import bind_problem
 from vecmat.weights import Weight
 
@@ -40,6 +39,8 @@ def right(y: Tensor, x: Tensor, weight: Weight | Tensor) -> None:
 
 def shared_sums(x: Tensor, weight: Weight, kernel: str) -> int:
     """How many sums of this problem several programs of the kernel share."""
+    from vecmat.kernels._gluon import Fragments  # where Triton is
+
     asked, device = bind_problem(x, weight, None)
     own = registry()[0][kernel]
     assert isinstance(own, Fragments)
