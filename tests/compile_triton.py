@@ -1,4 +1,5 @@
-"""Compile every Triton kernel for GPUs that are not here, and print a JSON line each: registers, spills, shared memory.
+"""Compile every Triton kernel for GPUs that are not here, and print a JSON line each: registers, spills, shared memory,
+and what the machine code of a warpgroup's MMAs does wrong (``sass.py``).
 
 Run as a program, without TRITON_INTERPRET: ``python tests/compile_triton.py a100 h100 ...``. What is compiled is what
 ``bind``'s callable would launch: it is called with tensors on the meta device, and the launch stops after compiling.
@@ -7,6 +8,7 @@ Run as a program, without TRITON_INTERPRET: ``python tests/compile_triton.py a10
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -19,11 +21,13 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
+from sass import overwritten
 from vecmat.device import Device
 from vecmat.kernels import _gluon, registry
 from vecmat.problem import DTYPES, Format, Problem
 from vecmat.weights import Weight
 
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 SIZES = ((1, 4096, 4096), (1, 100, 90), (16, 4096, 4096), (17, 100, 90), (64, 14336, 4096), (2048, 4096, 14336))
 
 
@@ -54,7 +58,7 @@ def problems() -> list[Problem]:
     ]
     quantised = [
         Problem(m=m, n=n, k=k, x=x, weight=Format.parse(fmt), out=x, bias=True)
-        for m, n, k in ((1, 4096, 4096), (16, 100, 96), (64, 14336, 4096))
+        for m, n, k in ((1, 4096, 4096), (16, 100, 96), (32, 4096, 4096), (64, 14336, 4096), (128, 4096, 4096))
         for fmt, x in (("int8", "bf16"), ("int4:g128:zp", "fp16"), ("int4:g64", "bf16"), ("fp8", "bf16"))
     ]
     return dense + quantised
@@ -78,15 +82,33 @@ def spills(compiled: triton.compiler.CompiledKernel) -> tuple[int, int]:
         count = {name: max(map(int, re.findall(rf"\.{name}:\s+(\d+)", text))) for name in
                  ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count")}  # fmt: skip
         return count["vgpr_count"], count["vgpr_spill_count"] + count["sgpr_spill_count"]
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
         out = subprocess.run(
-            [tool, "--dump-resource-usage", cubin.name], capture_output=True, text=True, check=True
+            [TOOLS / "cuobjdump", "--dump-resource-usage", cubin.name], capture_output=True, text=True, check=True
         ).stdout
     used = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", out))
     return int(used["REG"]), int(used["STACK"]) + int(used["LOCAL"])
+
+
+def serial(compiled: triton.compiler.CompiledKernel) -> bool:
+    """Whether ptxas says that it runs the kernel's warpgroup MMAs one by one (C7510 to C7519)."""
+    with tempfile.NamedTemporaryFile(suffix=".ptx") as ptx:
+        ptx.write(compiled.asm["ptx"].encode())
+        ptx.flush()
+        ran = subprocess.run([TOOLS / "ptxas", "-v", "--gpu-name=sm_90a", ptx.name, "-o", os.devnull],
+                             capture_output=True, text=True, check=True)  # fmt: skip
+    return "(C751" in ran.stderr
+
+
+def mma_hazards(compiled: triton.compiler.CompiledKernel) -> tuple[int, list[str]]:
+    """``sass.overwritten`` of a compiled kernel."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        text = subprocess.run([TOOLS / "nvdisasm", "-c", cubin.name], capture_output=True, text=True, check=True).stdout
+    return overwritten(text)
 
 
 def main(names: list[str]) -> None:
@@ -116,6 +138,9 @@ def main(names: list[str]) -> None:
                 shared = compiled[-1].metadata.shared
                 told = {"kernel": name, "device": device.name, "problem": problem.key(), "config": dict(config),
                         "registers": registers, "spilled": spilled, "shared": shared}  # fmt: skip
+                if name == "triton_wgmma":
+                    told["loops"], told["overwritten"] = mma_hazards(compiled[-1])
+                    told["serial"] = serial(compiled[-1])
                 print(json.dumps({**told, "fits": shared <= device.shared_bytes}), flush=True)
 
 

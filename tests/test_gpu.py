@@ -37,10 +37,14 @@ def right(y: Tensor, x: Tensor, weight: Weight | Tensor) -> None:
     assert wrong is None, wrong
 
 
-def split_of(x: Tensor, weight: Weight, kernel: str) -> int:
-    """In how many parts the kernel cuts K for this problem."""
+def shared_sums(x: Tensor, weight: Weight, kernel: str) -> int:
+    """How many sums of this problem several programs of the kernel share."""
+    from vecmat.kernels._gluon import Fragments  # where Triton is
+
     asked, device = bind_problem(x, weight, None)
-    return int(registry()[0][kernel].default_config(asked, device)["split"])
+    own = registry()[0][kernel]
+    assert isinstance(own, Fragments)
+    return own.cut(asked, own.default_config(asked, device)).sums
 
 
 def captured(x: Tensor, weights: list[Weight], kernel: str) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
@@ -59,7 +63,7 @@ def test_graphs_replayed_on_two_streams_at_once_do_not_meet(kernel: str) -> None
     x, first = problem()
     if registry()[0][kernel].rejects(*bind_problem(x, first, None)):
         pytest.skip(f"{kernel} does not run here")
-    assert split_of(x, first, kernel) > 1
+    assert shared_sums(x, first, kernel)
     weights = [first, *(problem(seed=seed)[1] for seed in range(1, 4))]
     expected = [vecmat.matmul(x, weight, kernel=kernel) for weight in weights]
     graphs = [captured(x, weights, kernel) for _ in range(2)]

@@ -25,7 +25,8 @@ LEVELS = {
     "_version": 0, "errors": 0, "native": 0, "settings": 0, "deepspeed_install": 0,
     "device": 0.5, "deepspeed_config": 0.5,
     "problem": 1, "weights": 1.5, "packs": 1.7,
-    "kernels.base": 2, "kernels._triton": 2.1, "kernels._gluon": 2.2, "kernels": 2.9,
+    "kernels.base": 2, "kernels._triton": 2.1, "kernels._widen": 2.1, "kernels._gluon": 2.2, "kernels._bring": 2.3,
+    "kernels._wgmma": 2.4, "kernels": 2.9,
     "table": 2, "tables": 2.1, "bench": 2, "workloads": 2,
     "ready": 3, "tuner": 3, "dispatch": 4, "lowering": 0, "ops": 5, "library": 5.5, "measure": 5,
     "checkpoints.safe": 6, "checkpoints.integers": 6, "checkpoints.layer": 6.1, "checkpoints.quantization": 6.2,
@@ -36,6 +37,8 @@ LEVELS = {
     "models": 6, "decoding": 6.1, "deepspeed": 6, "doctor": 6, "compare": 6.5, "transformers": 6.5,
     "__init__": 7, "cli_tuning": 7.5, "cli_convert": 7.5, "cli": 8, "__main__": 9,
 }  # fmt: skip
+# What the Triton kernels share.
+SHARED = {f"kernels.{name}" for name in ("_triton", "_widen", "_gluon", "_bring", "_wgmma")}
 KERNEL = 2.5
 
 
@@ -86,8 +89,8 @@ def test_a_file_imports_only_files_below_it(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name in FILES if name.startswith("kernels.")])
 def test_a_kernel_knows_its_base_problems_weights_and_devices_and_nothing_else(name: str) -> None:
     allowed = {"kernels.base", "problem", "weights", "device", "settings", "errors"}
-    if name.startswith(("kernels.triton_", "kernels._gluon")):
-        allowed |= {"kernels._triton", "kernels._gluon"}
+    if name.startswith("kernels.triton_") or name in SHARED:
+        allowed |= SHARED
     allowed |= {"packs"} if name == "kernels.base" else set()
     allowed |= {"native"} if name.startswith("kernels.cpu_") else set()
     for imported, line in imports(name):
@@ -96,7 +99,7 @@ def test_a_kernel_knows_its_base_problems_weights_and_devices_and_nothing_else(n
 
 @pytest.mark.parametrize("name", FILES)
 def test_triton_is_imported_by_triton_kernels_only(name: str) -> None:
-    if name.startswith("kernels.triton_") or name in ("kernels._triton", "kernels._gluon"):
+    if name.startswith("kernels.triton_") or name in SHARED:
         return
     for imported, line in imports(name):
         assert imported.split(".")[0] != "triton", f"{name}.py, line {line} imports Triton"

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from sass import overwritten
+
 pytest.importorskip("triton", reason="Triton is not installed")
 
 SCRIPT = Path(__file__).parent / "compile_triton.py"
@@ -28,3 +30,17 @@ def test_default_configs_compile_fit_and_do_not_spill(device: str) -> None:
     assert {told["kernel"] for told in compiled} == wanted
     wrong = [told for told in compiled if told["spilled"] or not told["fits"]]
     assert not wrong, "\n".join(map(json.dumps, wrong))
+    warpgroups = [told for told in compiled if told["kernel"] == "triton_wgmma"]
+    wrong = [told for told in warpgroups if told["overwritten"] or told["serial"] or not told["loops"]]
+    assert not wrong, "\n".join(map(json.dumps, wrong))
+
+
+def test_code_that_fills_an_operand_of_an_mma_under_way_is_found() -> None:
+    loop = """.L_x_1:
+        /*0010*/ HFMA2.BF16_V2 R60, R20, 1, 1 ;
+        /*0020*/ HGMMA.64x64x16.F32.BF16 R24, R60, gdesc[UR4], R24, gsb0 ;
+        /*0030*/ WARPGROUP.DEPBAR.LE gsb0, {} ;
+        /*0040*/ @!P1 BRA `(.L_x_1) ;
+    """
+    assert overwritten(loop.format("0x0")) == (1, [])
+    assert overwritten(loop.format("0x1")) == (1, ["HFMA2.BF16_V2 R60, R20, 1, 1"] * 2)

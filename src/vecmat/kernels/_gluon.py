@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import abc
 import math
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import triton.language as tl
@@ -26,6 +26,8 @@ from ..device import Device
 from ..problem import DTYPES, Problem
 from ..weights import Weight
 from ._triton import LAUNCH_ERRORS, Frozen, Launch, arrivals, overlaps, rejects_device
+from ._widen import bytes_to_bf16, bytes_to_floats, nibbles_to, nibbles_to_floats
+from ._widen import halves as halves  # for the kernels, which take it from here
 from .base import Config, Kernel, Run, flat
 
 # Values in a word, by the kind of weight.
@@ -64,145 +66,12 @@ def word_layout(LANE_WORDS, UNROLL, TILE, ROWS, WARPS_ROWS, DEPTH, WARPS_DEPTH):
 
 
 @gluon.jit
-def halves(words, BF16: gl.constexpr):
-    """The two 16-bit floats of each word, low half first."""
-    if BF16:
-        return gl.inline_asm_elementwise("mov.b32 {$0, $1}, $2;", "=h,=h,r", [words],
-                                         dtype=(gl.bfloat16, gl.bfloat16), is_pure=True, pack=1)  # fmt: skip
-    else:
-        return gl.inline_asm_elementwise("mov.b32 {$0, $1}, $2;", "=h,=h,r", [words],
-                                         dtype=(gl.float16, gl.float16), is_pure=True, pack=1)  # fmt: skip
-
-
-@gluon.jit
-def bytes_to_floats(words, KIND: gl.constexpr, BF16: gl.constexpr):
-    """The four int8 or e4m3 values of each word as 16-bit floats, exactly.
-
-    int8 to fp16: a byte in the mantissa of 1024 (0x6400), less 1152 (Kim et al., 2022). bf16 has seven bits of
-    mantissa: the low seven go into that of 128 (0x4300), and the sign's 128 is subtracted as 256 or 128.
-    e4m3 to bf16: exponent and mantissa moved into place, times 2 ** 120 for the difference of the biases.
-    """
-    if KIND == "int8":
-        if BF16:
-            return gl.inline_asm_elementwise("""{
-                .reg .b32 t, u, a, b, minus;
-                mov.b32 minus, 0xBF80BF80;
-                prmt.b32 t, $4, 0, 0x4140;
-                prmt.b32 u, $4, 0, 0x4342;
-                lop3.b32 a, t, 0x007F007F, 0x43004300, 0xEA;
-                lop3.b32 b, t, 0x00800080, 0x43004300, 0xEA;
-                fma.rn.bf16x2 t, b, minus, a;
-                lop3.b32 a, u, 0x007F007F, 0x43004300, 0xEA;
-                lop3.b32 b, u, 0x00800080, 0x43004300, 0xEA;
-                fma.rn.bf16x2 u, b, minus, a;
-                mov.b32 {$0, $1}, t;
-                mov.b32 {$2, $3}, u;
-                }""", "=h,=h,=h,=h,r", [words],
-                dtype=(gl.bfloat16, gl.bfloat16, gl.bfloat16, gl.bfloat16), is_pure=True, pack=1)  # fmt: skip
-        else:
-            return gl.inline_asm_elementwise("""{
-                .reg .b32 t, u, v, offset;
-                mov.b32 offset, 0x64806480;
-                xor.b32 t, $4, 0x80808080;
-                prmt.b32 u, t, 0x64646464, 0x4140;
-                prmt.b32 v, t, 0x64646464, 0x4342;
-                sub.rn.f16x2 u, u, offset;
-                sub.rn.f16x2 v, v, offset;
-                mov.b32 {$0, $1}, u;
-                mov.b32 {$2, $3}, v;
-                }""", "=h,=h,=h,=h,r", [words],
-                dtype=(gl.float16, gl.float16, gl.float16, gl.float16), is_pure=True, pack=1)  # fmt: skip
-    else:
-        gl.static_assert(KIND == "fp8")
-        if BF16:
-            return gl.inline_asm_elementwise("""{
-                .reg .b32 t, u, sign, bias, zero;
-                mov.b32 bias, 0x7B807B80;
-                mov.b32 zero, 0x80008000;
-                prmt.b32 t, $4, 0, 0x1404;
-                prmt.b32 u, $4, 0, 0x3424;
-                and.b32 sign, t, 0x80008000;
-                shr.b32 t, t, 4;
-                lop3.b32 t, t, 0x07F007F0, sign, 0xEA;
-                fma.rn.bf16x2 t, t, bias, zero;
-                and.b32 sign, u, 0x80008000;
-                shr.b32 u, u, 4;
-                lop3.b32 u, u, 0x07F007F0, sign, 0xEA;
-                fma.rn.bf16x2 u, u, bias, zero;
-                mov.b32 {$0, $1}, t;
-                mov.b32 {$2, $3}, u;
-                }""", "=h,=h,=h,=h,r", [words],
-                dtype=(gl.bfloat16, gl.bfloat16, gl.bfloat16, gl.bfloat16), is_pure=True, pack=1)  # fmt: skip
-        else:
-            return gl.inline_asm_elementwise("""{
-                .reg .b16 low, high;
-                .reg .b32 t, u;
-                mov.b32 {low, high}, $4;
-                cvt.rn.f16x2.e4m3x2 t, low;
-                cvt.rn.f16x2.e4m3x2 u, high;
-                mov.b32 {$0, $1}, t;
-                mov.b32 {$2, $3}, u;
-                }""", "=h,=h,=h,=h,r", [words],
-                dtype=(gl.float16, gl.float16, gl.float16, gl.float16), is_pure=True, pack=1)  # fmt: skip
-
-
-@gluon.jit
-def nibbles_to_floats(words, offset, BF16: gl.constexpr):
-    """The eight nibbles of each word less a zero point as 16-bit floats, exactly, in the order 0 4 1 5 2 6 3 7.
-
-    A nibble goes into the mantissa of 1024 (fp16) or 128 (bf16); offset: words of two times that plus the zero point.
-    """
-    if BF16:
-        return gl.inline_asm_elementwise("""{
-            .reg .b32 t, minus;
-            mov.b32 minus, 0xBF80BF80;
-            lop3.b32 t, $8, 0x000F000F, 0x43004300, 0xEA;
-            fma.rn.bf16x2 t, $9, minus, t;
-            mov.b32 {$0, $1}, t;
-            shr.b32 t, $8, 4;
-            lop3.b32 t, t, 0x000F000F, 0x43004300, 0xEA;
-            fma.rn.bf16x2 t, $9, minus, t;
-            mov.b32 {$2, $3}, t;
-            shr.b32 t, $8, 8;
-            lop3.b32 t, t, 0x000F000F, 0x43004300, 0xEA;
-            fma.rn.bf16x2 t, $9, minus, t;
-            mov.b32 {$4, $5}, t;
-            shr.b32 t, $8, 12;
-            lop3.b32 t, t, 0x000F000F, 0x43004300, 0xEA;
-            fma.rn.bf16x2 t, $9, minus, t;
-            mov.b32 {$6, $7}, t;
-            }""", "=&h,=&h,=&h,=&h,=&h,=&h,=&h,=&h,r,r", [words, offset],
-            dtype=(gl.bfloat16, gl.bfloat16, gl.bfloat16, gl.bfloat16,
-                   gl.bfloat16, gl.bfloat16, gl.bfloat16, gl.bfloat16), is_pure=True, pack=1)  # fmt: skip
-    else:
-        return gl.inline_asm_elementwise("""{
-            .reg .b32 t;
-            lop3.b32 t, $8, 0x000F000F, 0x64006400, 0xEA;
-            sub.rn.f16x2 t, t, $9;
-            mov.b32 {$0, $1}, t;
-            shr.b32 t, $8, 4;
-            lop3.b32 t, t, 0x000F000F, 0x64006400, 0xEA;
-            sub.rn.f16x2 t, t, $9;
-            mov.b32 {$2, $3}, t;
-            shr.b32 t, $8, 8;
-            lop3.b32 t, t, 0x000F000F, 0x64006400, 0xEA;
-            sub.rn.f16x2 t, t, $9;
-            mov.b32 {$4, $5}, t;
-            shr.b32 t, $8, 12;
-            lop3.b32 t, t, 0x000F000F, 0x64006400, 0xEA;
-            sub.rn.f16x2 t, t, $9;
-            mov.b32 {$6, $7}, t;
-            }""", "=&h,=&h,=&h,=&h,=&h,=&h,=&h,=&h,r,r", [words, offset],
-            dtype=(gl.float16, gl.float16, gl.float16, gl.float16,
-                   gl.float16, gl.float16, gl.float16, gl.float16), is_pure=True, pack=1)  # fmt: skip
-
-
-@gluon.jit
 def fragments(words, zero, KIND: gl.constexpr, BF16: gl.constexpr, ZERO: gl.constexpr, ROWS: gl.constexpr,
-              LANE_WORDS: gl.constexpr, UNROLL: gl.constexpr):  # fmt: skip
+              LANE_WORDS: gl.constexpr, UNROLL: gl.constexpr, FEWER: gl.constexpr = False):  # fmt: skip
     """A tile of words (ROWS, 4 * LANE_WORDS * UNROLL) as 16-bit floats (ROWS, values), k in the order of the MMAs.
 
-    zero: each row's zero point (ROWS,) if ZERO; int4 without has 8.
+    zero: each row's zero point (ROWS,) if ZERO; int4 without has 8. FEWER: by fewer instructions, to be multiplied by
+    ``widened_by``.
     """
     if KIND == "int4":
         twice: gl.constexpr = 0x43004300 if BF16 else 0x64006400
@@ -210,7 +79,14 @@ def fragments(words, zero, KIND: gl.constexpr, BF16: gl.constexpr, ZERO: gl.cons
             offset, _ = gl.broadcast(gl.expand_dims(twice + zero.to(gl.int32) * 0x10001, 1), words)
         else:
             offset = gl.full_like(words, twice + 0x80008)
-        n0, n4, n1, n5, n2, n6, n3, n7 = nibbles_to_floats(words, offset, BF16)
+        if FEWER:
+            if ZERO:
+                offset, _ = gl.broadcast(gl.expand_dims(zero.to(gl.int32) * 0x10001, 1), words)
+            else:
+                offset = gl.full_like(words, 0x80008)
+            n0, n4, n1, n5, n2, n6, n3, n7 = nibbles_to(words, offset, BF16)
+        else:
+            n0, n4, n1, n5, n2, n6, n3, n7 = nibbles_to_floats(words, offset, BF16)
         evens = gl.join(gl.join(n0, n4), gl.join(n2, n6))
         odds = gl.join(gl.join(n1, n5), gl.join(n3, n7))
         # nibble = 4 * pair + 2 * half + odd; after the words come (pair, half, odd)
@@ -222,7 +98,10 @@ def fragments(words, zero, KIND: gl.constexpr, BF16: gl.constexpr, ZERO: gl.cons
         tile = gl.join(low, high).reshape([ROWS, UNROLL, 4, LANE_WORDS // 2, 2, 2])
         return tile.permute([0, 1, 3, 4, 2, 5]).reshape([ROWS, 8 * LANE_WORDS * UNROLL])
     else:
-        v0, v1, v2, v3 = bytes_to_floats(words, KIND, BF16)
+        if FEWER and BF16 and KIND == "int8":
+            v0, v1, v2, v3 = bytes_to_bf16(words)
+        else:
+            v0, v1, v2, v3 = bytes_to_floats(words, KIND, BF16)
         tile = gl.join(gl.join(v0, v1), gl.join(v2, v3)).reshape([ROWS, UNROLL, 4, LANE_WORDS, 2, 2])
         return tile.permute([0, 1, 3, 5, 2, 4]).reshape([ROWS, 16 * LANE_WORDS * UNROLL])
 
@@ -333,6 +212,14 @@ def splits(tiles: int, steps: int, units: int) -> list[int]:
     return [split for split in able if 1.4 * units <= tiles * split <= 7 * units][:2] or able[-1:]
 
 
+class Cut(NamedTuple):
+    """The programs of a launch, the floats of partial sums that they leave, and the sums that several of them share."""
+
+    grid: tuple[int, int]
+    floats: int
+    sums: int
+
+
 class Fragments(Kernel):
     """A kernel whose weight goes from memory into fragments: what it takes, and how it is launched.
 
@@ -349,11 +236,19 @@ class Fragments(Kernel):
 
     @abc.abstractmethod
     def block_m(self, m: int) -> int:
-        """Rows of x that a program takes, M or more."""
+        """Rows of x that a launch takes: M or more, or M is multiplied in several."""
 
     @abc.abstractmethod
     def step_words(self, config: Config) -> int:
         """Words of a row that a program takes at once."""
+
+    def cut(self, problem: Problem, config: Config) -> Cut:
+        """How a launch is cut into programs: ``split`` parts of K, each BLOCK_N of N."""
+        split, block_n = int(config["split"]), int(config["BLOCK_N"])
+        tiles = -(-problem.n // block_n)
+        shared = split > 1
+        floats = tiles * split * block_n * self.block_m(problem.m) if shared else 0
+        return Cut((tiles, split), floats, tiles if shared else 0)
 
     def rejects(self, problem: Problem, device: Device) -> str | None:
         fmt = problem.weight
@@ -385,15 +280,15 @@ class Fragments(Kernel):
         n, out, fmt, kind = problem.n, DTYPES[problem.out], problem.weight, kind_of(problem)
         words = problem.k // PER_WORD[kind]
         align = math.gcd(words, 4)
-        block_m, block_n = self.block_m(problem.m), int(config["BLOCK_N"])
-        split, tiles = int(config["split"]), -(-n // block_n)
+        block_m = self.block_m(problem.m)
+        grid, floats, sums = self.cut(problem, config)
         pdl, index = overlaps(device), device.index or 0
 
         def launch(frozen: bool) -> Launch:
             constants = {
                 "KIND": kind, "BF16": problem.x == "bf16", "GROUP": fmt.group_size or 0, "ZERO": not fmt.symmetric,
                 "BIAS": problem.bias, "EVEN": words % self.step_words(config) == 0, "ALIGN": align, "PDL": pdl,
-                "FROZEN": frozen, "SPLIT": split > 1, "BLOCK_M": block_m,
+                "FROZEN": frozen, "SPLIT": sums > 0, "BLOCK_M": block_m,
                 **{name: value for name, value in config.items() if name.isupper()},
             }  # fmt: skip
             return Launch(self.function, device, constants, words=self.words, pdl=pdl,
@@ -401,22 +296,25 @@ class Fragments(Kernel):
                           )  # fmt: skip
 
         frozen, changing = launch(True), launch(False)
-        fixed, blocks = (n, words // align, fmt.groups(problem.k), split), tiles * split * block_n * block_m
+        fixed = (n, words // align, fmt.groups(problem.k), grid[1])
 
         def run(x: Tensor, weight: Tensor | Frozen, bias: Tensor | None) -> Tensor:
             rows = flat(x).contiguous()
             m = rows.shape[0]
             y = torch.empty(m, n, dtype=out, device=x.device)
             part = count = scale = zero = None
-            if split > 1:
-                part = torch.empty(blocks, dtype=torch.float32, device=x.device)
-                count = arrivals(index, tiles)
+            if sums:
+                part = torch.empty(floats, dtype=torch.float32, device=x.device)
+                count = arrivals(index, sums)
             if isinstance(weight, Frozen):
                 start, (data, scale, zero) = frozen, weight
             else:
                 start, data = changing, weight
             bias = None if bias is None else bias.contiguous()
-            start((tiles, split), (rows, data.contiguous(), scale, zero, bias, y, part, count), fixed, m)
+            data = data.contiguous()
+            for first in range(0, m, block_m):
+                some = rows[first : first + block_m]
+                start(grid, (some, data, scale, zero, bias, y[first:], part, count), fixed, some.shape[0])
             return y if x.dim() == 2 else y.view(*x.shape[:-1], n)
 
         return run
