@@ -313,8 +313,8 @@ class Fragments(Kernel):
             bias = None if bias is None else bias.contiguous()
             data = data.contiguous()
             for first in range(0, m, block_m):
-                some = rows[first : first + block_m]
-                start(grid, (some, data, scale, zero, bias, y[first:], part, count), fixed, some.shape[0])
+                some, to = (rows, y) if m <= block_m else (rows[first : first + block_m], y[first:])
+                start(grid, (some, data, scale, zero, bias, to, part, count), fixed, some.shape[0])
             return y if x.dim() == 2 else y.view(*x.shape[:-1], n)
 
         return run
