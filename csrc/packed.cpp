@@ -23,7 +23,7 @@ template <class Kind> inline bool multiply(const vecmat_dense_call& call) {
     const int64_t blocks = (wide + BLOCK - 1) / BLOCK, block = round_up((wide + blocks - 1) / blocks, 2 * LANES);
     const int64_t span = spec.y_type == VECMAT_FP32 ? SPAN : block;
     const int64_t taken = round_up(most * wide * (int64_t)sizeof(Taken), 64);
-    const int64_t own = round_up(most * GROUP * COLUMNS * (int64_t)sizeof(float), 64);
+    const int64_t own = round_up(most * group_of(most) * COLUMNS * (int64_t)sizeof(float), 64);
     const int threads = worth(spec.threads, units, call.m * spec.n * spec.k);
     const bool shared = call.m > threads;  // few rows: each thread takes them by itself, which costs no barrier
     const int64_t each = own + (shared ? 0 : taken);

@@ -26,7 +26,7 @@ constexpr int MOST = WIDTH == 64 ? 12 : 6;    // rows of x in registers, beside 
 constexpr int64_t BLOCK = 256;                // k of a block, at most
 constexpr int64_t SPAN = 32;                  // k of a span, if y is fp32
 constexpr int64_t PASS = 512;                 // rows of x that meet the weight before others do
-constexpr int64_t GROUP = 16;                 // panels whose sums are under way at once, where x is large
+constexpr int64_t SUMS = 1 << 18;             // bytes of sums under way at once, if x is large
 constexpr int64_t SMALL = 1 << 19;            // bytes of x that stay in the second cache beside a panel
 
 inline int64_t round_up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
@@ -53,15 +53,15 @@ struct Pairs : rows::Pairs {
 };
 #endif
 
-// What a tile works on. kept: fp32 sums, [row of x][columns of ``panels``], ``line`` apart. Of what comes next
-// ``lines`` of 64 bytes are fetched for each step of k, from ``next`` on.
+// What a tile works on. kept: fp32 sums, [row of x][COLUMNS], those of the next panel ``sums`` further on. Of what
+// comes next ``lines`` of 64 bytes are fetched for each step of k, from ``next`` on.
 template <class Kind> struct Block {
     const typename Kind::Stored* w;
     int64_t apart;  // elements from panel to panel
     const typename Kind::Taken* x;
     int64_t k, span;  // multiples of Kind::STEP
     float* kept;
-    int64_t line;
+    int64_t sums;
     bool first;     // of k: the sums begin here
     const char* next;
     int64_t lines;
@@ -96,9 +96,11 @@ template <class Kind, int P, int R> __attribute__((noinline)) void tile(const Bl
                 }
         }
         float* kept = block.kept;
-        VECMAT_IN_REGISTERS for (int r = 0; r < R; ++r, kept += block.line)
-            VECMAT_IN_REGISTERS for (int j = 0; j < V; ++j)
-                store(kept + j * LANES, first ? acc[r][j] : load(kept + j * LANES) + acc[r][j]);
+        VECMAT_IN_REGISTERS for (int r = 0; r < R; ++r, kept += COLUMNS)
+            VECMAT_IN_REGISTERS for (int j = 0; j < V; ++j) {
+                float* sum = kept + j / VECTORS * block.sums + j % VECTORS * LANES;
+                store(sum, first ? acc[r][j] : load(sum) + acc[r][j]);
+            }
     }
 }
 
@@ -123,20 +125,20 @@ template <class Kind> struct Pass {
 };
 
 // Columns of y from ``column`` on, ``count`` of them, from their sums.
-template <class Y> inline void write_as(const vecmat_dense_call& call, const float* kept, int64_t line, int64_t first,
-                                        int64_t m, int64_t column, int64_t count) {
+template <class Y> inline void write_as(const vecmat_dense_call& call, const float* kept, int64_t first, int64_t m,
+                                        int64_t column, int64_t count) {
     const vecmat_dense_spec& spec = *call.spec;
     for (int64_t at = 0; at < count; at += LANES) {
         const int some = count - at < LANES ? (int)(count - at) : LANES;
         const f32 bias = call.bias ? load_any(call.bias, spec.x_type, column + at, some) : f32{};
         Y* y = (Y*)call.y + first * spec.n + column + at;
-        for (int64_t row = 0; row < m; ++row, y += spec.n) store(y, load(kept + row * line + at) + bias, some);
+        for (int64_t row = 0; row < m; ++row, y += spec.n) store(y, load(kept + row * COLUMNS + at) + bias, some);
     }
 }
 
 // P panels of the weight from ``panel`` on, k in [from, to), by all rows of a pass.
 template <class Kind, int P>
-inline void block_of(const Pass<Kind>& pass, int64_t panel, int64_t from, int64_t to, float* kept, int64_t line,
+inline void block_of(const Pass<Kind>& pass, int64_t panel, int64_t from, int64_t to, float* kept,
                      const typename Kind::Stored* next) {
     const int64_t whole = pass.padded * COLUMNS, bytes = (to - from) * COLUMNS * (int64_t)sizeof(typename Kind::Stored);
     const int64_t steps = (to - from) / Kind::STEP, tiles = pass.tiles;
@@ -146,11 +148,17 @@ inline void block_of(const Pass<Kind>& pass, int64_t panel, int64_t from, int64_
         const bool some = number * lines * steps * 64 < bytes;
         const Block<Kind> block = {
             (const typename Kind::Stored*)pass.call.w + panel * whole + from * COLUMNS, whole,
-            pass.x + row * pass.padded + from * count, to - from, pass.span, kept + row * line, line, from == 0,
+            pass.x + row * pass.padded + from * count, to - from, pass.span, kept + row * COLUMNS, pass.m * COLUMNS, from == 0,
             (const char*)next + number * lines * steps * 64, some ? lines : 0,
         };
         tile_of<Kind, P>(block, count);
     }
+}
+
+// Panels whose sums are under way at once, where m rows of x are large: each takes in all of x again.
+inline int64_t group_of(int64_t m) {
+    const int64_t group = SUMS / (m * COLUMNS * (int64_t)sizeof(float));
+    return group < 4 ? 4 : group > 16 ? 16 : group;
 }
 
 // Panels [from, to) by all rows of a pass.
@@ -160,28 +168,31 @@ template <class Kind> inline void columns_of_y(const Pass<Kind>& pass, int64_t f
     const int64_t whole = pass.padded * COLUMNS;
     const bool small = pass.m * pass.padded * (int64_t)sizeof(typename Kind::Taken) <= SMALL;
     const int64_t most = pass.tiles > 1 ? 1 : pass.m <= MOST / 4 ? 4 : pass.m <= MOST / 2 ? 2 : 1;
-    const int64_t group = pass.tiles == 1 ? most : small ? 1 : GROUP;
+    const int64_t group = pass.tiles == 1 ? most : small ? 1 : group_of(pass.m);
     for (int64_t panel = from; panel < to; panel += group) {
-        const int64_t count = to - panel < group ? to - panel : group, line = group * COLUMNS;
+        const int64_t count = to - panel < group ? to - panel : group;
         for (int64_t k = 0; k < pass.padded; k += pass.block) {
             const int64_t end = pass.padded - k < pass.block ? pass.padded : k + pass.block;
             for (int64_t i = 0; i < count;) {
                 const int64_t left = count - i, at = panel + i;
-                float* sums = kept + i * COLUMNS;
+                float* sums = kept + i * pass.m * COLUMNS;
                 const auto* next = w + (left > 1 ? (at + 1) * whole + k * COLUMNS           // the order of these loops
                                         : end < pass.padded ? panel * whole + end * COLUMNS
                                                             : (at + 1) * whole);
-                if (most == 4 && left >= 4) block_of<Kind, 4>(pass, at, k, end, sums, line, next), i += 4;
-                else if (most >= 2 && left >= 2) block_of<Kind, 2>(pass, at, k, end, sums, line, next), i += 2;
-                else block_of<Kind, 1>(pass, at, k, end, sums, line, next), ++i;
+                if (most == 4 && left >= 4) block_of<Kind, 4>(pass, at, k, end, sums, next), i += 4;
+                else if (most >= 2 && left >= 2) block_of<Kind, 2>(pass, at, k, end, sums, next), i += 2;
+                else block_of<Kind, 1>(pass, at, k, end, sums, next), ++i;
             }
         }
-        const int64_t column = panel * COLUMNS, rest = call.spec->n - column;
-        const int64_t columns = count * COLUMNS < rest ? count * COLUMNS : rest;
-        switch (call.spec->y_type) {
-            case VECMAT_FP32: write_as<float>(call, kept, line, pass.first, pass.m, column, columns); break;
-            case VECMAT_BF16: write_as<bf16>(call, kept, line, pass.first, pass.m, column, columns); break;
-            default: write_as<fp16>(call, kept, line, pass.first, pass.m, column, columns);
+        for (int64_t i = 0; i < count; ++i) {
+            const int64_t column = (panel + i) * COLUMNS, rest = call.spec->n - column;
+            const int64_t columns = COLUMNS < rest ? COLUMNS : rest;
+            const float* sums = kept + i * pass.m * COLUMNS;
+            switch (call.spec->y_type) {
+                case VECMAT_FP32: write_as<float>(call, sums, pass.first, pass.m, column, columns); break;
+                case VECMAT_BF16: write_as<bf16>(call, sums, pass.first, pass.m, column, columns); break;
+                default: write_as<fp16>(call, sums, pass.first, pass.m, column, columns);
+            }
         }
     }
 }

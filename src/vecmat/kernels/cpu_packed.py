@@ -42,9 +42,10 @@ class CpuPacked(PackedDense):
     """Dense fp32, bf16 or fp16 ``Weight``, both layouts, x of any of the three; a packed copy of the weight's size.
 
     Each number is summed in fp32 over a block of up to 256 of k (32 for a result in fp32) in their order, and these
-    sums in theirs, the same for every M and every number of threads. bf16 by bf16 uses the instruction for pairs where there is one (it takes subnormal numbers for
-    zeros, as torch's own product does there); everything else is widened to fp32, exactly. The copy is made anew once
-    the weight was written to, as torch counts that (not for inference tensors, nor through ``.data``).
+    sums in theirs, the same for every M and every number of threads. bf16 by bf16 uses the instruction for pairs where
+    there is one (it takes subnormal numbers for zeros, as torch's own product does there); everything else is widened
+    to fp32, exactly. The copy is made anew once the weight was written to, as torch counts that (not for inference
+    tensors, nor through ``.data``).
     """
 
     @property
