@@ -13,11 +13,10 @@ from .base import Kernel
 class PackedDense(Kernel):
     """A kernel whose packed form has ``version``: ``writes`` of the data it was made from."""
 
-    packing: str  # type: ignore[misc]
-
     def operand(self, weight: Weight) -> Any:
         pack = super().operand(weight)
         if pack.version != writes(weight.data):
+            assert self.packing is not None
             del weight.packs[self.packing]
             pack = super().operand(weight)
         return pack

@@ -16,10 +16,10 @@ from ._dense import PackedDense, writes
 from .base import Config, Run, time_us
 
 _TYPES = {"fp32": 0, "bf16": 1, "fp16": 2}
-# 1e12 operations a second and thread: fp32, pairs of bf16. Measured at 4096x4096 and 128 rows (docs/cpu.md), portable
-# by its registers' width.
-_RATES = {"portable": (0.012, 0.012), "avx2": (0.1, 0.1), "avx512_bf16": (0.11, 0.22)}
-_AVX512 = (0.11, 0.11)
+# 1e12 operations a second and thread: fp32, pairs of bf16. 4096x4096, 128 rows, on a Zen 4 (docs/cpu.md); portable by
+# its registers' width.
+_RATES = {"portable": (0.012, 0.012), "avx2": (0.1, 0.1), "avx512_bf16": (0.105, 0.21)}
+_AVX512 = (0.105, 0.105)
 
 
 class Packed:

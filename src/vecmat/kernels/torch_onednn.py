@@ -56,7 +56,7 @@ class TorchOnednn(PackedDense):
         return None
 
     def estimate_us(self, problem: Problem, device: Device, config: Config) -> float:
-        later = 2.0 * (problem.m - 1) * problem.n * problem.k / (1.3 * device.tflops16) * 1e-6
+        later = 2.0 * (problem.m - 1) * problem.n * problem.k / (1.15 * device.tflops16) * 1e-6
         return later + time_us(problem.bytes_moved, 0.95 * device.read_gbs, fixed_us=12.0)
 
     def reduction(self, problem: Problem, config: Config) -> str:
