@@ -168,3 +168,13 @@ def test_many_rows_meet_a_packed_weight_in_passes_and_its_panels_in_groups(dtype
     for first in (0, 365, 366, 367, 733, 734, 1099):
         row = vecmat.matmul(x[first : first + 1], weight, bias, kernel="cpu_packed")
         assert torch.equal(row, y[first : first + 1]), first
+
+
+@pytest.mark.parametrize("layout", ["nk", "kn"])
+def test_rows_under_torch_func_have_no_memory_and_are_multiplied_all_the_same(layout: str) -> None:
+    x, w = draw(3, 5, 96, dtype="fp32"), draw(*((40, 96) if layout == "nk" else (96, 40)), dtype="fp32")
+    weight = operand("cpu_packed", w, layout=layout)
+    needs("cpu_packed", x, weight)
+    with torch.no_grad():
+        y = torch.func.vmap(lambda rows: vecmat.matmul(rows, weight, kernel="cpu_packed"))(x)
+    torch.testing.assert_close(y, x @ (w.t() if layout == "nk" else w))

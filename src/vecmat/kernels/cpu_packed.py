@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..device import Device
 from ..native import DenseSpec, native
@@ -23,15 +24,14 @@ _AVX512 = (0.105, 0.105)
 
 
 class Packed:
-    """A weight in panels, its one tensor. version: torch's count of writes to the data it was made from."""
+    """A weight in panels, its one tensor. rows: the plain weight (N, K); version: torch's count of writes to it."""
 
-    __slots__ = ("address", "tensors", "version")
+    __slots__ = ("address", "rows", "tensors", "version")
 
     def __init__(self, weight: Weight) -> None:
         self.version = writes(weight.data)
-        rows = (weight.data.t() if weight.layout == "kn" else weight.data).detach()
-        if rows.stride(1) != 1:
-            rows = rows.contiguous()
+        self.rows = (weight.data.t() if weight.layout == "kn" else weight.data).detach()
+        rows = self.rows if self.rows.stride(1) == 1 else self.rows.contiguous()
         spec = DenseSpec(weight.n, weight.k, 0, _TYPES[weight.format.name], 0, torch.get_num_threads())
         data = torch.empty(native().packed_bytes(addressof(spec)), dtype=torch.uint8)
         native().pack_dense(addressof(spec), rows.data_ptr(), rows.stride(0), data.data_ptr())
@@ -91,11 +91,12 @@ class CpuPacked(PackedDense):
             if rows.stride(1) != 1:
                 rows = rows.contiguous()
             start = None if bias is None else (bias if bias.stride(0) == 1 else bias.contiguous())
+            try:
+                at, added = rows.data_ptr(), None if start is None else start.data_ptr()
+            except RuntimeError:  # torch.func's tensors have no memory of their own; torch can multiply them
+                return F.linear(x.to(out), operand.rows.to(out), None if bias is None else bias.to(out))
             y = empty((*x.shape[:-1], n), dtype=out)
-            if not multiply(
-                address, rows.data_ptr(), rows.stride(0), operand.address, y.data_ptr(),
-                None if start is None else start.data_ptr(), rows.shape[0],
-            ):  # fmt: skip
+            if not multiply(address, at, rows.stride(0), operand.address, y.data_ptr(), added, rows.shape[0]):
                 raise MemoryError(f"matmul: no memory to work in for {problem}")
             return y
 
