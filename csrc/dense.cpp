@@ -36,7 +36,7 @@ template <class Kind> inline bool multiply(const vecmat_dense_call& call) {
         const int64_t end = to < spec.n ? to : spec.n;
         const bool is_short = spec.k * (int64_t)sizeof(typename Kind::Stored) <= SHORT;
         if (call.m == 1 && is_short) columns_of_y<Kind, 1, 1, 0>(job, from, end);
-        else if (call.m == 1) columns_of_y<Kind, STREAMS, 1, 0>(job, from, end);
+        else if (call.m == 1) columns_of_y<Kind, STREAMS, 1, STREAMS>(job, from, end);
         else if (call.m <= FEW) columns_of_y<Kind, FEW_ROWS, FEW, FEW_ROWS>(job, from, end);
         else if (tiles == 1) columns_of_y<Kind, ROWS, TILE, ROWS>(job, from, end);
         else if (tiles < ROWS) columns_of_y<Kind, ROWS, TILE, ROWS / 2>(job, from, end);

@@ -86,3 +86,18 @@ VECMAT_API int64_t vecmat_dense(const vecmat_dense_spec* spec, const void* x, in
     const vecmat_dense_call call = {spec, x, ldx, w, ldw, y, bias, m};
     return vecmat::in_use->dense(&call);
 }
+
+// Bytes of a dense weight packed in this instruction set's order, zeros beside it included.
+VECMAT_API int64_t vecmat_packed_bytes(const vecmat_dense_spec* spec) { return vecmat::in_use->packed_bytes(spec); }
+
+// Pack a dense weight (n, k), rows ldw elements apart, into memory of so many bytes.
+VECMAT_API void vecmat_pack_dense(const vecmat_dense_spec* spec, const void* w, int64_t ldw, void* out) {
+    vecmat::in_use->pack_dense(spec, w, ldw, out);
+}
+
+// vecmat_dense for a weight that was packed.
+VECMAT_API int64_t vecmat_packed(const vecmat_dense_spec* spec, const void* x, int64_t ldx, const void* w, void* y,
+                                 const void* bias, int64_t m) {
+    const vecmat_dense_call call = {spec, x, ldx, w, 0, y, bias, m};
+    return vecmat::in_use->packed(&call);
+}

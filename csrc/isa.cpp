@@ -8,6 +8,9 @@ namespace vecmat {
 namespace VECMAT_ISA {
 
 bool dense(const vecmat_dense_call* call);  // dense.cpp
+int64_t packed_bytes(const vecmat_dense_spec* spec);  // packed.cpp
+void pack_dense(const vecmat_dense_spec* spec, const void* w, int64_t ldw, void* out);
+bool packed_dense(const vecmat_dense_call* call);
 
 template <int BITS, int D, class X> inline bool multiply(const vecmat_call& call) {
     const vecmat_panels& w = *call.weight;
@@ -99,6 +102,7 @@ static void pack(const vecmat_panels* weight, const uint8_t* data, int64_t row_b
 extern const Isa VECMAT_TABLE(VECMAT_ISA);
 const Isa VECMAT_TABLE(VECMAT_ISA) = {VECMAT_NAME(VECMAT_ISA), VECMAT_ISA::COLUMNS, VECMAT_ISA::pack,
                                       VECMAT_ISA::panels, VECMAT_ISA::read, VECMAT_ISA::operations,
-                                      VECMAT_ISA::dense};
+                                      VECMAT_ISA::dense, VECMAT_ISA::packed_bytes, VECMAT_ISA::pack_dense,
+                                      VECMAT_ISA::packed_dense};
 
 }  // namespace vecmat

@@ -13,6 +13,9 @@ struct Isa {
     int64_t (*read)(const uint8_t* from, int64_t bytes, int threads);
     int64_t (*operations)(int kind, int64_t rounds, int threads);
     bool (*dense)(const vecmat_dense_call*);
+    int64_t (*packed_bytes)(const vecmat_dense_spec*);
+    void (*pack_dense)(const vecmat_dense_spec*, const void* w, int64_t ldw, void* out);
+    bool (*packed)(const vecmat_dense_call*);  // ``w`` packed, ``ldw`` of no meaning
 };
 
 }  // namespace vecmat

@@ -64,6 +64,9 @@ struct Library {
     int64_t (*multiply)(const vecmat_panels*, const void*, int64_t, void*, const void*, int64_t, int64_t, int64_t,
                         int64_t, int64_t);
     int64_t (*dense)(const vecmat_dense_spec*, const void*, int64_t, const void*, int64_t, void*, const void*, int64_t);
+    int64_t (*packed_bytes)(const vecmat_dense_spec*);
+    void (*pack_dense)(const vecmat_dense_spec*, const void*, int64_t, void*);
+    int64_t (*packed)(const vecmat_dense_spec*, const void*, int64_t, const void*, void*, const void*, int64_t);
     void* handle;
     template <class F> void find(F& function, const char* name) {
         function = (F)dlsym(handle, name);
@@ -73,6 +76,7 @@ struct Library {
         if (!handle) fprintf(stderr, "%s\n", dlerror()), exit(2);
         find(isa, "vecmat_isa"), find(use, "vecmat_use"), find(columns, "vecmat_columns"), find(pack, "vecmat_pack");
         find(multiply, "vecmat_multiply"), find(dense, "vecmat_dense");
+        find(packed_bytes, "vecmat_packed_bytes"), find(pack_dense, "vecmat_pack_dense"), find(packed, "vecmat_packed");
     }
 };
 
@@ -138,8 +142,9 @@ static void quantised(const Library& library, const char* isa, int64_t n, int64_
                 }
 }
 
-static void dense(const Library& library, const char* isa, int64_t n, int64_t k) {
-    for (int64_t m : {1, 2, 3, 5, 7, 13, 50})
+// Read where it is, and packed.
+static void dense(const Library& library, const char* isa, int64_t n, int64_t k, bool packed) {
+    for (int64_t m : {1, 2, 3, 5, 7, 13, 50, 600})
         for (int x_type : {VECMAT_FP32, VECMAT_BF16})
             for (int w_type : {VECMAT_FP32, VECMAT_BF16})
                 for (int threads : {1, 2}) {
@@ -147,15 +152,19 @@ static void dense(const Library& library, const char* isa, int64_t n, int64_t k)
                     const Matrix x(m, k, k + m % 2), weight(n, k, k + w_type), bias(1, n, n);
                     Exact<float> y(m * n);
                     const vecmat_dense_spec spec = {n, k, x_type, w_type, VECMAT_FP32, threads};
-                    if (!library.dense(&spec, x.as(x_type), x.line, weight.as(w_type), weight.line, y.data,
-                                       biased ? bias.as(x_type) : nullptr, m))
+                    const void* added = biased ? bias.as(x_type) : nullptr;
+                    Exact<uint8_t> panels(packed ? library.packed_bytes(&spec) : 1);
+                    if (packed) library.pack_dense(&spec, weight.as(w_type), weight.line, panels.data);
+                    if (!(packed ? library.packed(&spec, x.as(x_type), x.line, panels.data, y.data, added, m)
+                                 : library.dense(&spec, x.as(x_type), x.line, weight.as(w_type), weight.line, y.data,
+                                                 added, m)))
                         fprintf(stderr, "no memory\n"), exit(2);
                     std::vector<double> w(n * k);
                     for (int64_t i = 0; i < n; ++i)
                         for (int64_t j = 0; j < k; ++j) w[i * k + j] = weight.at(i, j);
                     char what[160];
-                    snprintf(what, sizeof what, "%s dense m%ld n%ld k%ld x %d w %d threads %d", isa, (long)m, (long)n,
-                             (long)k, x_type, w_type, threads);
+                    snprintf(what, sizeof what, "%s %s m%ld n%ld k%ld x %d w %d threads %d", isa, packed ? "packed" : "dense",
+                             (long)m, (long)n, (long)k, x_type, w_type, threads);
                     compare(what, y.data, x, w, n, biased ? &bias : nullptr, 1e-6);
                 }
 }
@@ -171,7 +180,7 @@ int main(int argc, char** argv) {
                 quantised(library, isa, n, k, 8, 32, false);
                 quantised(library, isa, n, k, 4, 32, false);
                 quantised(library, isa, n, k, 4, 64, true);
-                dense(library, isa, n, k);
+                for (bool packed : {false, true}) dense(library, isa, n, k, packed);
             }
         printf("%s\n", isa);
     }

@@ -37,7 +37,7 @@ class TorchDense(Kernel):
         if problem.layout == "kn" and not native:  # torch walks down the columns, one number at a time
             return time_us(problem.bytes_moved, device.read_gbs, problem.flops, 2e-4 * device.units, 5.0)
         if native:
-            done = 2.0 * (problem.m - 1) * problem.n * problem.k / (1.3 * device.tflops16) * 1e-6
+            done = 2.0 * (problem.m - 1) * problem.n * problem.k / (1.15 * device.tflops16) * 1e-6
             return done + time_us(problem.bytes_moved, 0.6 * device.read_gbs, fixed_us=5.0)
         flops = problem.flops if problem.m > 1 else 0.0
         rate = device.tflops16 if problem.x == "bf16" else min(device.tflops16, 0.018 * device.units)

@@ -10,7 +10,8 @@ from torch import Tensor
 from ..device import Device
 from ..problem import Problem
 from ..weights import Weight
-from .base import Config, Kernel, Run, finish, flat, time_us
+from ._dense import PackedDense, writes
+from .base import Config, Run, finish, flat, time_us
 
 # Not fp32: oneDNN adds up all of k in one go, and where numbers cancel its error is several times that of F.linear
 # (seen: 1.8 roundings of the sum of the products' magnitudes, where torch's MKL is off by 0.1).
@@ -24,11 +25,11 @@ class Packed:
 
     def __init__(self, weight: Weight) -> None:
         rows = weight.data.t() if weight.layout == "kn" else weight.data
-        self.version = _writes(weight.data)
+        self.version = writes(weight.data)
         self.tensors = (torch.ops.mkldnn._reorder_linear_weight(rows.detach().contiguous()),)
 
 
-class TorchOnednn(Kernel):
+class TorchOnednn(PackedDense):
     """``mkldnn::_linear_pointwise`` on a packed copy of a dense weight of x's dtype; the numbers are oneDNN's own.
 
     The copy takes as much memory as the weight. It is made anew once the weight was written to, as torch counts that
@@ -55,7 +56,7 @@ class TorchOnednn(Kernel):
         return None
 
     def estimate_us(self, problem: Problem, device: Device, config: Config) -> float:
-        later = 2.0 * (problem.m - 1) * problem.n * problem.k / (1.3 * device.tflops16) * 1e-6
+        later = 2.0 * (problem.m - 1) * problem.n * problem.k / (1.15 * device.tflops16) * 1e-6
         return later + time_us(problem.bytes_moved, 0.95 * device.read_gbs, fixed_us=12.0)
 
     def reduction(self, problem: Problem, config: Config) -> str:
@@ -63,13 +64,6 @@ class TorchOnednn(Kernel):
 
     def prepare(self, weight: Weight) -> Packed:
         return Packed(weight)
-
-    def operand(self, weight: Weight) -> Packed:
-        pack: Packed = super().operand(weight)
-        if pack.version != _writes(weight.data):
-            del weight.packs[self.packing]
-            pack = super().operand(weight)
-        return pack
 
     def bind(self, problem: Problem, device: Device, config: Config) -> Run:
         multiply = torch.ops.mkldnn._linear_pointwise.default
@@ -79,10 +73,6 @@ class TorchOnednn(Kernel):
             return finish(y, x, None)
 
         return run
-
-
-def _writes(tensor: Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version
 
 
 @functools.lru_cache(maxsize=1)
