@@ -40,6 +40,11 @@ struct fp16 { uint16_t bits; };
 
 // f(0), ..., f(N - 1), each with a constant: what such an index reaches lies in a register. (What the index of an unrolled
 // loop reaches may stay in memory: the compiler unrolls too late to take it out.)
+#if defined(__SANITIZE_ADDRESS__)  // a plain loop: the checks of unrolled ones take minutes to compile
+template <int N, class F> inline void each(const F& f) {
+    for (int i = 0; i < N; ++i) f(i);
+}
+#else
 template <int I> struct Constant {
     constexpr operator int() const { return I; }
 };
@@ -49,6 +54,7 @@ template <int N, int I = 0, class F> __attribute__((always_inline)) inline void 
         each<N, I + 1>(f);
     }
 }
+#endif
 #define VECMAT_INLINE __attribute__((always_inline))  // of a lambda that is given to each()
 
 template <class V> inline V load_as(const void* from) {
