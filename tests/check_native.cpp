@@ -173,6 +173,8 @@ int main(int argc, char** argv) {
                 quantised(library, isa, n, k, 4, 64, true);
                 dense(library, isa, n, k);
             }
+        quantised(library, isa, 520, 17, 8, 0, false);  // columns enough that each thread writes x's digits for itself
+        quantised(library, isa, 1040, 33, 4, 32, true);
         printf("%s\n", isa);
     }
     printf("%ld checked, %ld wrong\n", checked, wrong);

@@ -77,7 +77,7 @@ class Packed:
         count = panels * weight.format.groups(weight.k) * columns
         sizes = panels * padded * columns * bits // 8, count * 4, 0 if weight.zero is None else count
         whole, owner = memory.take(sum(sizes))  # each a multiple of a cache line, as columns is
-        data, scale, zero = whole.split(sizes)
+        data, scale, zero = whole[: sizes[0]], whole[sizes[0] : sizes[0] + sizes[1]], whole[sum(sizes[:2]) :]
         self.tensors = data, scale, zero, owner
         self.panels = Panels(
             data.data_ptr(), scale.data_ptr(), zero.data_ptr() if sizes[2] else None,
