@@ -1,5 +1,8 @@
 // The C interface: which instruction set this processor has, and its kernels.
 #include <string.h>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include "isa.h"
 
@@ -59,6 +62,15 @@ VECMAT_API int64_t vecmat_columns() { return vecmat::in_use->columns; }
 VECMAT_API void vecmat_pack(const vecmat_panels* weight, const uint8_t* data, int64_t row_bytes, const float* scale,
                             const uint8_t* zero) {
     vecmat::in_use->pack(weight, data, row_bytes, scale, zero);
+}
+
+// Ask for huge pages where memory will lie; ``from`` at the start of a page. Nothing happens where there are none.
+VECMAT_API void vecmat_advise(void* from, int64_t bytes) {
+#if defined(__linux__)
+    if (bytes > 0) madvise(from, (size_t)bytes, MADV_HUGEPAGE);
+#else
+    (void)from, (void)bytes;
+#endif
 }
 
 // y = x @ weight + bias; 0 if there is no memory to work in.

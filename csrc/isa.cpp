@@ -12,33 +12,67 @@ int64_t packed_bytes(const vecmat_dense_spec* spec);  // packed.cpp
 void pack_dense(const vecmat_dense_spec* spec, const void* w, int64_t ldw, void* out);
 bool packed_dense(const vecmat_dense_call* call);
 
+// Elements of y.
+inline int64_t size_of(int type) { return type == VECMAT_FP32 ? 4 : 2; }
+
+// Where the digits of some rows of x lie.
+template <int D, class X> struct Written {
+    int64_t digit_bytes, starts, bytes;
+    Written(int64_t rows, const Shape& shape)
+        : digit_bytes(divide_up(rows * D * shape.padded, 64) * 64), starts(rows * D * shape.groups),
+          bytes(divide_up(digit_bytes + starts * 4 + rows * (int64_t)sizeof(Row), 64) * 64) {}
+
+    Digits at(char* memory) const {
+        int32_t* start = (int32_t*)(memory + digit_bytes);
+        return {(int8_t*)memory, start, (Row*)(start + starts)};
+    }
+    // Every ``apart``-th row of the call's, from ``row`` on.
+    static void write(const vecmat_call& call, const Shape& shape, const Digits& to, int64_t row, int64_t apart) {
+        const int offset = call.weight->zero ? 1 : call.weight->bits == 8 ? 128 : 8;
+        for (; row < call.m; row += apart)
+            to.rows[row] = to_digits<D>((const X*)call.x + row * call.ldx, call.weight->k, shape, offset,
+                                        to.digits + row * D * shape.padded, to.start + row * D * shape.groups);
+    }
+};
+
 template <int BITS, int D, class X> inline bool multiply(const vecmat_call& call) {
+    constexpr int64_t BESIDE = 1 << 22, FEW = 48;
     const vecmat_panels& w = *call.weight;
     const Shape shape(w);
     const int64_t m = call.m, units = divide_up(w.n, LANES);
-    const int64_t digit_bytes = divide_up(m * D * shape.padded, 64) * 64, starts = m * D * shape.groups;
-    const int64_t bytes = digit_bytes + starts * 4 + m * (int64_t)sizeof(Row);
-    const int64_t partial = divide_up(m * COLUMNS * 4, 64) * 64;
     const int threads = worth(call.threads, units, m * w.n * w.k);
-    const bool shared = m > threads;  // few rows: each thread takes them apart by itself, which costs no barrier
-    const int64_t each = (shared ? 0 : divide_up(bytes, 64) * 64) + partial;
-    const Scratch scratch((shared ? divide_up(bytes, 64) * 64 : 0) + threads * each);
+    // Each thread writes all digits for itself: what a core of another cache wrote comes at 100 ns a line. They share the
+    // work where a thread's columns are so few that it would count.
+    const bool shared = m > threads && w.n < 512 * threads;
+    int64_t rows = m;  // at a time, so that digits stay in the cache, but the weight is not read too often
+    if (!shared && rows * D * shape.padded > BESIDE) {
+        rows = BESIDE / (D * shape.padded);
+        if (rows < FEW) rows = FEW;
+        rows = divide_up(m, divide_up(m, rows));
+    }
+    const Written<D, X> written(rows, shape);
+    const int64_t partial = divide_up(rows * COLUMNS * 4, 64) * 64;
+    const int64_t common = shared ? written.bytes : 0, each = partial + (shared ? 0 : written.bytes);
+    const Scratch scratch(common + threads * each);
     if (!scratch.memory) return false;
-    const int offset = w.zero ? 1 : BITS == 8 ? 128 : 8;
-    char* common = (char*)scratch.memory;
-    char* own = common + (shared ? divide_up(bytes, 64) * 64 : 0);
     in_threads(threads, [&](int thread, Team& team) {
-        char* mine = own + thread * each;
-        char* base = shared ? common : mine + partial;
-        int8_t* digits = (int8_t*)base;
-        int32_t* start = (int32_t*)(base + digit_bytes);
-        Row* rows = (Row*)(start + starts);
-        for (int64_t row = shared ? thread : 0; row < m; row += shared ? threads : 1)
-            rows[row] = to_digits<D>((const X*)call.x + row * call.ldx, w.k, shape, offset,
-                                     digits + row * D * shape.padded, start + row * D * shape.groups);
-        if (shared) team.wait();
-        columns<BITS, D>(call, shape, {digits, start, rows}, units * thread / threads, units * (thread + 1) / threads,
-                            (float*)mine);
+        char* own = (char*)scratch.memory + common + thread * each;
+        const Digits x = written.at(shared ? (char*)scratch.memory : own + partial);
+        const int64_t from = units * thread / threads, to = units * (thread + 1) / threads;
+        if (shared) {
+            written.write(call, shape, x, thread, threads);
+            team.wait();
+            columns<BITS, D>(call, shape, x, from, to, (float*)own);
+            return;
+        }
+        for (int64_t row = 0; row < m; row += rows) {
+            vecmat_call part = call;
+            part.x = (const X*)call.x + row * call.ldx;
+            part.y = (char*)call.y + row * w.n * size_of(call.y_type);
+            part.m = m - row < rows ? m - row : rows;
+            written.write(part, shape, x, 0, 1);
+            columns<BITS, D>(part, shape, x, from, to, (float*)own);
+        }
     });
     return true;
 }

@@ -11,106 +11,20 @@
 // point) is taken off in advance: the sums start at -offset * (sum of the digits).
 #pragma once
 
-#include "vec.h"
-#include "vecmat.h"
+#include "digits.h"
 
 namespace vecmat {
 namespace VECMAT_ISA {
 
-// Loops over what lies in registers: an array that a loop indexes would lie in memory.
-#define VECMAT_UNROLL _Pragma("GCC unroll 16")
-
-constexpr int VECTORS = 4;                   // registers side by side in a panel
-constexpr int COLUMNS = VECTORS * LANES;     // output channels of a panel
-constexpr int SPAN = 2048;                   // k whose products are summed in int32 where there are no groups
 constexpr int ROWS = WIDTH == 64 ? 6 : 2;    // rows of digits that fit the registers beside a panel's width
-
-inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// What a weight's sizes come to.
-struct Shape {
-    int64_t groups;      // of int32 sums along k
-    int64_t size;        // k of a group
-    int64_t padded;      // k, up to a whole step
-    int64_t panel;       // bytes of a panel
-    int64_t scales;      // scales of a column
-
-    explicit Shape(const vecmat_panels& w) {
-        size = w.group ? w.group : SPAN;
-        groups = divide_up(w.k, size);
-        padded = divide_up(w.k, 8) * 8;
-        panel = padded * COLUMNS * w.bits / 8;
-        scales = w.group ? groups : 1;
-    }
-};
-
-// ---- x as digits
-
-// A row of x: its digits (D rows of ``padded`` bytes), and what its sums are worth.
-struct Row {
-    float scale, after;  // y = sum * scale * after; two factors, so that neither is subnormal
-};
-
-template <int D, class T> inline Row to_digits(const T* x, int64_t k, const Shape& shape, int offset, int8_t* digits,
-                                               int32_t* start) {
-    i32 top = {};
-    for (int64_t i = 0; i < k; i += LANES) {
-        const f32 v = load_some(x + i, k - i);
-        const i32 magnitude = (i32)v & 0x7fffffff;  // as integers they are ordered like numbers, and NaN is the largest
-        top = magnitude > top ? magnitude : top;
-    }
-    int32_t most = 0;
-    for (int lane = 0; lane < LANES; ++lane) most = top[lane] > most ? top[lane] : most;
-    float largest;
-    memcpy(&largest, &most, sizeof largest);
-    const bool finite = most < 0x7f800000;
-    const float before = largest < 0x1p-90f ? 0x1p64f : 1.0f;  // lifts what is near the subnormal numbers
-    float scale = 1.0f, inverse = 1.0f;
-    if (!finite) {
-        scale = __builtin_nanf(""), inverse = 0.0f;
-    } else if (D == 1) {
-        scale = largest / 127.0f * before;
-        scale = scale == 0.0f ? 1.0f : scale;
-        inverse = 1.0f / scale;
-    } else if (D == 2) {
-        scale = largest > 0.0f ? largest * before / 32512.0f : 1.0f;  // 127 * 256: the high digit is at most 127
-        inverse = 1.0f / scale;
-    } else if (largest > 0.0f) {  // a power of two, so that nothing is rounded: the largest lies in [2^29, 2^30)
-        int exponent;
-        __builtin_frexpf(largest * before, &exponent);
-        scale = __builtin_ldexpf(1.0f, exponent - 30);
-        inverse = __builtin_ldexpf(1.0f, 30 - exponent);
-    }
-    for (int d = 0; d < D; ++d) memset(digits + (d + 1) * shape.padded - 8, 0, 8);  // what k is padded with
-    const f32 lift = splat(before), factor = splat(inverse);
-    for (int64_t g = 0; g < shape.groups; ++g) {
-        const int64_t from = g * shape.size, to = g + 1 < shape.groups ? from + shape.size : k;
-        i32 sums[D] = {};
-        for (int64_t i = from; i < to; i += LANES) {
-            const f32 v = load_some(x + i, to - i);
-            i32 rest = to_int(v * lift * factor);
-            for (int d = 0; d < D; ++d) {  // from the lowest, each within -128..127
-                const i32 digit = d + 1 < D ? (i32)((u32)rest << 24) >> 24 : rest;
-                rest = (rest - digit) >> 8;
-                sums[d] += digit;
-                int8_t* out = digits + d * shape.padded + i;
-                const i8x bytes = to_bytes(digit);
-                if (i + LANES <= shape.padded) store_as(out, bytes);
-                else memcpy(out, &bytes, shape.padded - i);
-            }
-        }
-        for (int d = 0; d < D; ++d) start[d * shape.groups + g] = -offset * sum(sums[d]);
-    }
-    return {scale, finite ? 1.0f / before : 1.0f};
-}
 
 // ---- one tile
 
 // x as the tile wants it: ``rows`` rows from ``digits`` on, D digits each.
 struct Digits {
-    const int8_t* digits;  // [row][digit][padded]
-    const int32_t* start;  // [row][digit][group]
-    const Row* rows;
+    int8_t* digits;  // [row][digit][padded]
+    int32_t* start;  // [row][digit][group]
+    Row* rows;
 };
 
 // A panel from one of its registers on.
@@ -120,62 +34,40 @@ struct Strip {
     const uint8_t* zero;
 };
 
-// What a tile asks of the memory while it computes: of each step's lines those from ``from`` to ``to``, ``distance``
-// bytes further on.
+// What a tile asks of the memory while it computes: cache lines from ``at`` on, ``rate`` / 65536 of them with each step.
 struct Ahead {
     int64_t distance;
     int from, to;
 };
 
-// f += the sums of groups [first, last): M rows of x, NV registers of columns. Without groups f is not scaled yet.
-template <int BITS, int D, int M, int NV>
-inline void accumulate(const vecmat_panels& w, const Shape& shape, const Strip& strip, const Digits& x, int64_t first,
-                       int64_t last, const Ahead& ahead, f32 (&f)[M][NV]) {
-    constexpr int STEP = BITS == 8 ? 4 : 8;  // k of one register
-    const int64_t line = shape.padded, groups = shape.groups;
-    for (int64_t g = first; g < last; ++g) {
-        i32 acc[M][D][NV];
-        VECMAT_UNROLL for (int m = 0; m < M; ++m)
-            VECMAT_UNROLL for (int d = 0; d < D; ++d) {
-                const i32 start = splat(x.start[(m * D + d) * groups + g]);
-                VECMAT_UNROLL for (int j = 0; j < NV; ++j) {
-                    acc[m][d][j] = start;
-                    if (strip.zero) acc[m][d][j] *= from_bytes(load_as<u8x>(strip.zero + g * COLUMNS + j * LANES));
-                }
-            }
-        const int64_t from = g * shape.size, to = g + 1 < groups ? from + shape.size : shape.padded;
-        const uint8_t* data = strip.data + from / STEP * COLUMNS * 4;
-        const int8_t* digits = x.digits + from;
-        for (int64_t k = from; k < to; k += STEP, data += COLUMNS * 4, digits += STEP) {
-            for (int line = ahead.from; line < ahead.to; ++line) prefetch(data + ahead.distance + line * 64);
-            i32 low[NV], high[NV];
-            VECMAT_UNROLL for (int j = 0; j < NV; ++j) {
-                low[j] = load_as<i32>(data + j * WIDTH);
-                if (BITS == 4) {
-                    high[j] = (i32)((u32)low[j] >> 4) & 0x0f0f0f0f;
-                    low[j] &= 0x0f0f0f0f;
-                }
-            }
-            VECMAT_UNROLL for (int m = 0; m < M; ++m)
-                VECMAT_UNROLL for (int d = 0; d < D; ++d) {
-                    const int8_t* row = digits + (m * D + d) * line;
-                    const i32 first_four = splat(load_as<int32_t>(row));
-                    VECMAT_UNROLL for (int j = 0; j < NV; ++j)
-                        acc[m][d][j] = dot<BITS == 4>(acc[m][d][j], low[j], first_four);
-                    if (BITS == 4) {
-                        const i32 next_four = splat(load_as<int32_t>(row + 4));
-                        VECMAT_UNROLL for (int j = 0; j < NV; ++j)
-                            acc[m][d][j] = dot<true>(acc[m][d][j], high[j], next_four);
-                    }
-                }
+template <int BITS> constexpr int STEP = BITS == 8 ? 4 : 8;  // k of one register
+
+// acc += products over ``steps`` of k: ALL rows of digits ``line`` bytes apart, NV registers of columns.
+template <int BITS, int ALL, int NV>
+VECMAT_INLINE inline void multiply(const uint8_t* data, const int8_t* digits, int64_t line, int64_t steps,
+                                   const Ahead& ahead, i32 (&acc)[ALL][NV]) {
+    for (; steps > 0; --steps, data += COLUMNS * 4, digits += STEP<BITS>) {
+        for (int line = ahead.from; line < ahead.to; ++line) prefetch(data + ahead.distance + line * 64);
+        i32 part[NV];
+        each<NV>([&](auto j) VECMAT_INLINE {
+            part[j] = load_as<i32>(data + j * WIDTH);
+            if constexpr (BITS == 4) part[j] &= 0x0f0f0f0f;
+        });
+        const auto times = [&](const int8_t* row) VECMAT_INLINE {
+            each<ALL>([&](auto r) VECMAT_INLINE {
+                const i32 four = splat(load_as<int32_t>(row + r * line));
+                each<NV>([&](auto j) VECMAT_INLINE { acc[r][j] = dot<BITS == 4>(acc[r][j], part[j], four); });
+            });
+        };
+        times(digits);
+        if constexpr (BITS == 4) {
+            const uint8_t* again = data;  // loaded once more: there are registers for one half at a time
+            if (ALL * NV > 16) asm("" : "+r"(again));
+            each<NV>([&](auto j) VECMAT_INLINE {
+                part[j] = (i32)(load_as<u32>(again + j * WIDTH) >> 4) & 0x0f0f0f0f;
+            });
+            times(digits + 4);
         }
-        VECMAT_UNROLL for (int m = 0; m < M; ++m)
-            VECMAT_UNROLL for (int j = 0; j < NV; ++j) {
-                f32 whole = to_float(acc[m][D - 1][j]);
-                VECMAT_UNROLL for (int d = D - 2; d >= 0; --d)
-                    whole = fma(whole, splat(256.0f), to_float(acc[m][d][j]));
-                f[m][j] = w.group ? fma(whole, load(strip.scale + g * COLUMNS + j * LANES), f[m][j]) : f[m][j] + whole;
-            }
     }
 }
 
@@ -186,26 +78,32 @@ struct Out {
     int64_t column;  // of the strip's first
 };
 
-template <class Y, int M, int NV> inline void store_rows(const Out& out, int64_t row, const f32 (&f)[M][NV]) {
+template <class Y, int M, int NV>
+VECMAT_INLINE inline void store_rows(const Out& out, int64_t row, const f32 (&f)[M][NV]) {
     const int64_t n = out.call.weight->n, columns = n - out.column;
     Y* y = (Y*)out.call.y + row * n + out.column;
-    VECMAT_UNROLL for (int m = 0; m < M; ++m, y += n)
-        VECMAT_UNROLL for (int j = 0; j < NV; ++j) {
-            if (columns >= NV * LANES) store(y + j * LANES, f[m][j]);
-            else if (columns > j * LANES) store(y + j * LANES, f[m][j], (int)(columns - j * LANES));
-        }
+    each<M>([&](auto m) VECMAT_INLINE {
+        if constexpr (NV % 2 == 0)
+            if (columns >= NV * LANES)
+                return each<NV / 2>([&](auto j) VECMAT_INLINE {
+                    store_pair(y + m * n + j * 2 * LANES, f[m][j * 2], f[m][j * 2 + 1]);
+                });
+        each<NV>([&](auto j) VECMAT_INLINE {
+            if (columns > j * LANES) store(y + m * n + j * LANES, f[m][j], (int)(columns - j * LANES));
+        });
+    });
 }
 
 // Adds the bias and stores M rows of y. The types are looked at here, once for a tile.
-template <int M, int NV> inline void finish(const Out& out, int64_t row, f32 (&f)[M][NV]) {
+template <int M, int NV> VECMAT_INLINE inline void finish(const Out& out, int64_t row, f32 (&f)[M][NV]) {
     const vecmat_call& call = out.call;
     if (call.bias)
-        VECMAT_UNROLL for (int j = 0; j < NV; ++j) {
+        each<NV>([&](auto j) VECMAT_INLINE {
             const int64_t column = out.column + j * LANES;
-            if (column >= call.weight->n) break;
+            if (column >= call.weight->n) return;
             const f32 bias = load_any(call.bias, call.x_type, column, call.weight->n - column);
-            VECMAT_UNROLL for (int m = 0; m < M; ++m) f[m][j] += bias;
-        }
+            each<M>([&](auto m) VECMAT_INLINE { f[m][j] += bias; });
+        });
     switch (call.y_type) {
         case VECMAT_FP32: return store_rows<float>(out, row, f);
         case VECMAT_BF16: return store_rows<bf16>(out, row, f);
@@ -213,40 +111,81 @@ template <int M, int NV> inline void finish(const Out& out, int64_t row, f32 (&f
     }
 }
 
-// Rows [row, row + M) of NV registers of columns, over groups [first, last); ``partial`` keeps what is not finished.
+// Rows [row, row + M) of NV registers of columns, over groups [first, last). ``partial`` keeps the sums between groups:
+// in registers they would drive out what the products need.
 template <int BITS, int D, int M, int NV>
 __attribute__((noinline)) void tile(const Out& out, const Shape& shape, const Strip& strip, const Digits& all,
                                     int64_t row, int64_t first, int64_t last, const Ahead& ahead, float* partial) {
+    constexpr int ALL = M * D;  // rows of digits
     const vecmat_panels& w = *out.call.weight;
-    const Digits x = {all.digits + row * D * shape.padded, all.start + row * D * shape.groups, all.rows + row};
+    const int64_t line = shape.padded, groups = shape.groups;
+    const int8_t* digits = all.digits + row * D * line;
+    const int32_t* start = all.start + row * D * groups;
+    // Both digits' sums fit int32 together: the same number at a lower price.
+    const bool narrow = D == 2 && w.group && w.group <= (BITS == 4 ? 4096 : 256);
     float* kept = partial + row * COLUMNS;
-    f32 f[M][NV];
-    VECMAT_UNROLL for (int m = 0; m < M; ++m)
-        VECMAT_UNROLL for (int j = 0; j < NV; ++j) f[m][j] = first ? load(kept + m * COLUMNS + j * LANES) : f32{};
-    accumulate<BITS, D, M, NV>(w, shape, strip, x, first, last, ahead, f);
-    if (last < shape.groups) {
-        VECMAT_UNROLL for (int m = 0; m < M; ++m)
-            VECMAT_UNROLL for (int j = 0; j < NV; ++j) store(kept + m * COLUMNS + j * LANES, f[m][j]);
-        return;
-    }
-    VECMAT_UNROLL for (int m = 0; m < M; ++m)
-        VECMAT_UNROLL for (int j = 0; j < NV; ++j) {
-            if (!w.group) f[m][j] *= load(strip.scale + j * LANES);
-            f[m][j] = f[m][j] * splat(x.rows[m].scale) * splat(x.rows[m].after);
+    for (int64_t g = first; g < last; ++g) {
+        i32 acc[ALL][NV];
+        each<ALL>([&](auto r) VECMAT_INLINE {
+            const i32 begin = splat(start[r * groups + g]);
+            each<NV>([&](auto j) VECMAT_INLINE { acc[r][j] = begin; });
+        });
+        if (strip.zero)
+            each<NV>([&](auto j) VECMAT_INLINE {
+                const i32 zero = from_bytes(load_as<u8x>(strip.zero + g * COLUMNS + j * LANES));
+                each<ALL>([&](auto r) VECMAT_INLINE { acc[r][j] *= zero; });
+            });
+        const int64_t from = g * shape.size, to = g + 1 < groups ? from + shape.size : shape.padded;
+        multiply<BITS>(strip.data + from / STEP<BITS> * COLUMNS * 4, digits + from, line, (to - from) / STEP<BITS>,
+                       ahead, acc);
+        f32 f[M][NV];
+        each<M>([&](auto m) VECMAT_INLINE {
+            each<NV>([&](auto j) VECMAT_INLINE {
+                f32 whole = to_float(acc[m * D + D - 1][j]);
+                if (narrow)
+                    whole = to_float((acc[m * D + D - 1][j] << 8) + acc[m * D][j]);
+                else
+                    each<D - 1>([&](auto d) VECMAT_INLINE {
+                        whole = fma(whole, splat(256.0f), to_float(acc[m * D + D - 2 - d][j]));
+                    });
+                const f32 before = g ? load(kept + m * COLUMNS + j * LANES) : f32{};
+                f[m][j] = w.group ? fma(whole, load(strip.scale + g * COLUMNS + j * LANES), before) : before + whole;
+            });
+        });
+        if (g + 1 < groups) {
+            each<M>([&](auto m) VECMAT_INLINE {
+                each<NV>([&](auto j) VECMAT_INLINE { store(kept + m * COLUMNS + j * LANES, f[m][j]); });
+            });
+            continue;
         }
-    finish(out, row, f);
+        each<M>([&](auto m) VECMAT_INLINE {
+            const Row& worth = all.rows[row + m];
+            each<NV>([&](auto j) VECMAT_INLINE {
+                if (!w.group) f[m][j] *= load(strip.scale + j * LANES);
+                f[m][j] *= splat(worth.scale);
+            });
+            if (worth.after == 1.0f) return;  // nearly always
+            each<NV>([&](auto j) VECMAT_INLINE { f[m][j] *= splat(worth.after); });
+        });
+        finish(out, row, f);
+    }
 }
 
+// ``more``: the next panel is this thread's, too.
 template <int BITS, int D, int NV>
-inline void rows_of_strip(const Out& out, const Shape& shape, const Strip& strip, const Digits& x, float* partial) {
+inline void rows_of_strip(const Out& out, const Shape& shape, const Strip& strip, const Digits& x, bool more,
+                          float* partial) {
     constexpr int MOST = ROWS / D ? ROWS / D : 1;
     const int64_t m = out.call.m;
     const int64_t chunk = m <= MOST ? shape.groups : (SPAN / shape.size ? SPAN / shape.size : 1);
     const int64_t blocks = divide_up(m, MOST);
+    const auto at = [&](int64_t group) { return group < shape.groups ? group * shape.size : shape.padded; };
     for (int64_t first = 0; first < shape.groups; first += chunk) {
         const int64_t last = first + chunk < shape.groups ? first + chunk : shape.groups;
-        const int64_t distance = (last - first) * shape.size * COLUMNS * BITS / 8;
-        const int64_t lines = blocks > 1 && NV == VECTORS ? COLUMNS * 4 / 64 : 0;  // one block is a stream
+        const int64_t steps = (at(last) - at(first)) / STEP<BITS>;
+        // What comes next lies next: the panel's next block, or the next panel's first.
+        const int64_t distance = steps * COLUMNS * 4;
+        const int64_t lines = blocks > 1 && NV == VECTORS && (last < shape.groups || more) ? COLUMNS * 4 / 64 : 0;
         for (int64_t block = 0; block < blocks; ++block) {  // blocks of rows as equal as they can be
             const int64_t row = block * m / blocks, count = (block + 1) * m / blocks - row;
             const Ahead ahead = {distance, (int)(block * lines / blocks), (int)((block + 1) * lines / blocks)};
@@ -273,10 +212,10 @@ inline void columns(const vecmat_call& call, const Shape& shape, const Digits& x
         const Strip strip = {w.data + panel * shape.panel + vector * WIDTH, w.scale + scales,
                              w.zero ? w.zero + scales : nullptr};
         const Out out = {call, from * LANES};
-        if (count == 4) rows_of_strip<BITS, D, 4>(out, shape, strip, x, partial);
-        else if (count == 2) rows_of_strip<BITS, D, 2>(out, shape, strip, x, partial);
-        else rows_of_strip<BITS, D, 1>(out, shape, strip, x, partial);
         from += count;
+        if (count == 4) rows_of_strip<BITS, D, 4>(out, shape, strip, x, from < to, partial);
+        else if (count == 2) rows_of_strip<BITS, D, 2>(out, shape, strip, x, false, partial);
+        else rows_of_strip<BITS, D, 1>(out, shape, strip, x, false, partial);
     }
 }
 

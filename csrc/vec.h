@@ -29,6 +29,7 @@ constexpr int LANES = WIDTH / 4;
 typedef float f32 __attribute__((vector_size(WIDTH)));
 typedef int32_t i32 __attribute__((vector_size(WIDTH)));
 typedef uint32_t u32 __attribute__((vector_size(WIDTH)));
+typedef uint16_t u16w __attribute__((vector_size(WIDTH)));
 typedef uint16_t u16x __attribute__((vector_size(WIDTH / 2)));  // as many as there are lanes
 typedef uint8_t u8x __attribute__((vector_size(WIDTH / 4)));
 typedef int8_t i8x __attribute__((vector_size(WIDTH / 4)));
@@ -36,6 +37,25 @@ typedef int8_t i8x __attribute__((vector_size(WIDTH / 4)));
 // Elements of x, y and dense weights. The 16-bit floats are bare bits.
 struct bf16 { uint16_t bits; };
 struct fp16 { uint16_t bits; };
+
+// f(0), ..., f(N - 1), each with a constant: what such an index reaches lies in a register. (What the index of an unrolled
+// loop reaches may stay in memory: the compiler unrolls too late to take it out.)
+#if defined(__SANITIZE_ADDRESS__)  // a plain loop: the checks of unrolled ones take minutes to compile
+template <int N, class F> inline void each(const F& f) {
+    for (int i = 0; i < N; ++i) f(i);
+}
+#else
+template <int I> struct Constant {
+    constexpr operator int() const { return I; }
+};
+template <int N, int I = 0, class F> __attribute__((always_inline)) inline void each(const F& f) {
+    if constexpr (I < N) {
+        f(Constant<I>());
+        each<N, I + 1>(f);
+    }
+}
+#endif
+#define VECMAT_INLINE __attribute__((always_inline))  // of a lambda that is given to each()
 
 template <class V> inline V load_as(const void* from) {
     V value;
@@ -47,7 +67,15 @@ template <class V> inline void store_as(void* to, V value) { memcpy(to, &value, 
 // Asks for an address' cache line, which need not exist, into the second cache.
 inline void prefetch(const void* at) { __builtin_prefetch(at, 0, 2); }
 
-inline f32 splat(float value) { return f32{} + value; }
+inline f32 splat(float value) {
+#if defined(__AVX512BW__)
+    return (f32)_mm512_set1_ps(value);
+#elif defined(__AVX2__)
+    return (f32)_mm256_set1_ps(value);
+#else
+    return f32{} + value;
+#endif
+}
 inline i32 splat(int32_t value) {
 #if defined(__AVX512BW__)
     return (i32)_mm512_set1_epi32(value);
@@ -84,14 +112,77 @@ inline i32 to_int(f32 value) {
 #endif
 }
 
-// The low byte of each lane.
-inline i8x to_bytes(i32 value) { return __builtin_convertvector(value, i8x); }
-inline i32 from_bytes(u8x value) { return __builtin_convertvector(value, i32); }
+// The low byte of each lane. (gcc 12 makes a conversion of 64 bytes of two halves.)
+inline i8x to_bytes(i32 value) {
+#if defined(__AVX512BW__)
+    return (i8x)_mm512_cvtepi32_epi8((__m512i)value);
+#else
+    return __builtin_convertvector(value, i8x);
+#endif
+}
+inline i32 from_bytes(u8x value) {
+#if defined(__AVX512BW__)
+    return (i32)_mm512_cvtepu8_epi32((__m128i)value);
+#else
+    return __builtin_convertvector(value, i32);
+#endif
+}
+inline u32 from_words(u16x value) {
+#if defined(__AVX512BW__)
+    return (u32)_mm512_cvtepu16_epi32((__m256i)value);
+#else
+    return __builtin_convertvector(value, u32);
+#endif
+}
 
+// The low bytes of four registers' lanes, one register's after the other's.
+inline i32 low_bytes(i32 a, i32 b, i32 c, i32 d) {
+#if defined(__AVX512BW__)
+    const __m512i ab = _mm512_packus_epi32((__m512i)(a & 255), (__m512i)(b & 255));
+    const __m512i cd = _mm512_packus_epi32((__m512i)(c & 255), (__m512i)(d & 255));
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    return (i32)_mm512_permutexvar_epi32(order, _mm512_packus_epi16(ab, cd));
+#elif defined(__AVX2__)
+    const __m256i ab = _mm256_packus_epi32((__m256i)(a & 255), (__m256i)(b & 255));
+    const __m256i cd = _mm256_packus_epi32((__m256i)(c & 255), (__m256i)(d & 255));
+    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    return (i32)_mm256_permutevar8x32_epi32(_mm256_packus_epi16(ab, cd), order);
+#else
+    const i8x all[4] = {to_bytes(a), to_bytes(b), to_bytes(c), to_bytes(d)};
+    return load_as<i32>(all);
+#endif
+}
+
+// The larger one of each pair of lanes.
+inline i32 larger(i32 a, i32 b) { return a > b ? a : b; }
+inline u16w larger(u16w a, u16w b) {
+#if defined(__AVX512BW__)
+    return (u16w)_mm512_max_epu16((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+    return (u16w)_mm256_max_epu16((__m256i)a, (__m256i)b);
+#else
+    return a > b ? a : b;
+#endif
+}
+
+// All lanes' sum, and the largest of them.
 inline int32_t sum(i32 value) {
+#if defined(__AVX512BW__)
+    return _mm512_reduce_add_epi32((__m512i)value);
+#else
     int32_t total = 0;
     for (int lane = 0; lane < LANES; ++lane) total += value[lane];
     return total;
+#endif
+}
+inline int32_t most(i32 value) {
+#if defined(__AVX512BW__)
+    return _mm512_reduce_max_epi32((__m512i)value);
+#else
+    int32_t top = value[0];
+    for (int lane = 1; lane < LANES; ++lane) top = value[lane] > top ? value[lane] : top;
+    return top;
+#endif
 }
 
 // acc + the sum of four products in each lane: unsigned bytes of w times signed bytes of x. Exact. NARROW promises that
@@ -124,7 +215,7 @@ template <bool NARROW> inline i32 dot(i32 acc, i32 w, i32 x) {
 }
 
 // 16-bit floats to fp32 and back, to nearest, ties to even; NaN stays NaN.
-inline f32 widen(u16x bits, bf16) { return (f32)(__builtin_convertvector(bits, u32) << 16); }
+inline f32 widen(u16x bits, bf16) { return (f32)(from_words(bits) << 16); }
 
 inline f32 widen(u16x bits, fp16) {
 #if defined(__AVX512BW__)
@@ -142,11 +233,26 @@ inline f32 widen(u16x bits, fp16) {
 #endif
 }
 
+#if defined(__AVX512BW__)
+// bf16 in the high half of each lane; what the low half holds is of no account.
+inline __m512i rounded(f32 value) {
+    const __m512i bits = (__m512i)value;
+    const __m512i last = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i up = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), last);
+    const __mmask16 nan = _mm512_cmp_ps_mask((__m512)value, (__m512)value, _CMP_UNORD_Q);
+    return _mm512_mask_or_epi32(up, nan, bits, _mm512_set1_epi32(0x400000));
+}
+#endif
+
 inline u16x narrow(f32 value, bf16) {
+#if defined(__AVX512BW__)
+    return (u16x)_mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded(value), 16));
+#else
     const u32 bits = (u32)value;
     const u32 rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
     const u32 nan = (u32)(value != value);
     return __builtin_convertvector((rounded & ~nan) | ((bits >> 16 | 0x40) & nan), u16x);
+#endif
 }
 
 inline u16x narrow(f32 value, fp16) {
@@ -172,6 +278,18 @@ inline f32 load(const float* from) { return load_as<f32>(from); }
 template <class T> inline f32 load(const T* from) { return widen(load_as<u16x>(from), T()); }
 inline void store(float* to, f32 value) { store_as(to, value); }
 template <class T> inline void store(T* to, f32 value) { store_as(to, narrow(value, T())); }
+// Two registers, one after the other.
+template <class T> inline void store_pair(T* to, f32 first, f32 second) {
+    store(to, first);
+    store(to + LANES, second);
+}
+#if defined(__AVX512BW__)
+inline void store_pair(bf16* to, f32 first, f32 second) {
+    const __m512i high_halves = _mm512_set_epi16(63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33, 31, 29,
+                                                 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
+    store_as(to, _mm512_permutex2var_epi16(rounded(first), high_halves, rounded(second)));
+}
+#endif
 
 // The sums of four registers' lanes: l with l + 8, then l + 4, l + 2, l + 1. Always in this order.
 inline void sum4(f32 a, f32 b, f32 c, f32 d, float* out) {
@@ -220,9 +338,15 @@ template <class T> inline f32 load_some(const T* from, int64_t count) {
 }
 template <class T> inline void store(T* to, f32 value, int count) {
     if (count >= LANES) return store(to, value);
+#if defined(__AVX512BW__)
+    const __mmask16 some = (__mmask16)((1u << count) - 1);
+    if constexpr (sizeof(T) == 4) _mm512_mask_storeu_ps(to, some, (__m512)value);
+    else _mm256_mask_storeu_epi16(to, some, (__m256i)narrow(value, T()));
+#else
     T part[LANES];
     store(part, value);
     memcpy(to, part, count * sizeof(T));
+#endif
 }
 
 // The same for an element type that is known at run time (VECMAT_FP32, ...): elements [at, at + count) of an array.

@@ -182,6 +182,8 @@ int main(int argc, char** argv) {
                 quantised(library, isa, n, k, 4, 64, true);
                 for (bool packed : {false, true}) dense(library, isa, n, k, packed);
             }
+        quantised(library, isa, 520, 17, 8, 0, false);  // columns enough that each thread writes x's digits for itself
+        quantised(library, isa, 1040, 33, 4, 32, true);
         printf("%s\n", isa);
     }
     printf("%ld checked, %ld wrong\n", checked, wrong);

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import torch
 import vecmat
 from cases import asked, here, stored
 from vecmat.kernels import registry
+from vecmat.kernels.cpu_panels import Memory
 from vecmat.native import native
 
 ROOT = Path(__file__).parents[1]
@@ -95,6 +97,51 @@ def test_a_row_has_the_same_bits_whatever_the_threads_and_the_other_rows(kernel:
         assert torch.equal(vecmat.matmul(x[:rows], weight, kernel=kernel), whole[:rows]), rows
     torch.set_num_threads(1)
     assert torch.equal(vecmat.matmul(x, weight, kernel=kernel), whole)
+
+
+@needs_library
+@pytest.mark.parametrize("n", [200, 1100])  # so few columns that threads share the writing of x's digits, and enough
+@pytest.mark.parametrize("fmt", ["int8", "int4:g128"])
+def test_many_long_rows_taken_in_parts_have_the_same_bits(fmt: str, n: int, threads: int) -> None:
+    x, weight = products(fmt, "fp32", n=n, k=8200, rows=300)  # 9.8 MB of digits
+    whole = vecmat.matmul(x, weight, kernel="cpu_panels")
+    truth = x.double() @ weight.dequantize().double().t()
+    assert float((whole - truth).abs().max() / truth.abs().max()) < 1e-5
+    for rows in (slice(0, 1), slice(100, 140), slice(299, 300)):
+        assert torch.equal(vecmat.matmul(x[rows], weight, kernel="cpu_panels"), whole[rows])
+
+
+@needs_library
+def test_packed_weights_lie_in_huge_pages_and_small_ones_share_them() -> None:
+    memory = Memory()
+    small, chunk = memory.take(1000)
+    other, same = memory.take(3000)
+    assert same is chunk
+    assert chunk.data_ptr() % (2 << 20) == 0
+    assert other.data_ptr() == small.data_ptr() + 1024
+    large, own = memory.take(5 << 20)
+    assert large.numel() == 5 << 20
+    assert large.data_ptr() % (2 << 20) == 0
+    assert own is not chunk
+    small.fill_(1)
+    other.fill_(2)
+    assert small.eq(1).all()
+
+
+@needs_library
+def test_a_chunk_is_gone_with_the_last_weight_in_it_and_full_ones_are_left() -> None:
+    memory = Memory()
+    kept = [memory.take(3 << 20) for _ in range(6)]  # five of them fill 16 MB
+    chunks = {owner.data_ptr() for _, owner in kept}
+    assert len(chunks) == 2
+    first, last = weakref.ref(kept[0][1]), weakref.ref(kept[5][1])
+    del kept[:5]
+    assert first() is None
+    assert last() is not None
+    kept.clear()
+    assert last() is None
+    again, _ = memory.take(10)
+    assert again.numel() == 10
 
 
 @needs_library

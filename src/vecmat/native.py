@@ -56,6 +56,8 @@ class Native:
         self._lib.vecmat_pack.restype = None
         self._lib.vecmat_pack.argtypes = [c_void_p, c_void_p, c_int64, c_void_p, c_void_p]
         self.pack = self._lib.vecmat_pack
+        self.advise = self._lib.vecmat_advise  # huge pages for this memory, if there are any
+        self.advise.restype, self.advise.argtypes = None, [c_void_p, c_int64]
         self.multiply = self._lib.vecmat_multiply
         self.multiply.restype = c_int64
         self.multiply.argtypes = [
