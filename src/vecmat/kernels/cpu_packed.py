@@ -33,7 +33,7 @@ class Packed:
         self.rows = (weight.data.t() if weight.layout == "kn" else weight.data).detach()
         rows = self.rows if self.rows.stride(1) == 1 else self.rows.contiguous()
         spec = DenseSpec(weight.n, weight.k, 0, _TYPES[weight.format.name], 0, torch.get_num_threads())
-        data = torch.empty(native().packed_bytes(addressof(spec)), dtype=torch.uint8)
+        data = torch.empty(native().packed_bytes(addressof(spec)), dtype=torch.uint8, device="cpu")
         native().pack_dense(addressof(spec), rows.data_ptr(), rows.stride(0), data.data_ptr())
         self.tensors, self.address = (data,), data.data_ptr()
 
@@ -81,7 +81,7 @@ class CpuPacked(PackedDense):
         return Packed(weight)
 
     def bind(self, problem: Problem, device: Device, config: Config) -> Run:
-        multiply, empty = native().packed, torch.empty
+        multiply = native().packed
         n, k, out = problem.n, problem.k, DTYPES[problem.out]
         spec = DenseSpec(n, k, _TYPES[problem.x], _TYPES[problem.weight.name], _TYPES[problem.out], device.units)
         address = addressof(spec)
@@ -95,7 +95,7 @@ class CpuPacked(PackedDense):
                 at, added = rows.data_ptr(), None if start is None else start.data_ptr()
             except RuntimeError:  # torch.func's tensors have no memory of their own; torch can multiply them
                 return F.linear(x.to(out), operand.rows.to(out), None if bias is None else bias.to(out))
-            y = empty((*x.shape[:-1], n), dtype=out)
+            y = torch.empty((*x.shape[:-1], n), dtype=out, device="cpu")  # whatever torch's default device is
             if not multiply(address, at, rows.stride(0), operand.address, y.data_ptr(), added, rows.shape[0]):
                 raise MemoryError(f"matmul: no memory to work in for {problem}")
             return y
