@@ -61,6 +61,8 @@ class TritonWgmma(Fragments):
         group = problem.weight.group_size
         if group and group < 64:
             return f"groups of {group}; this kernel takes 64 values of a group at once"
+        if problem.weight.dense and problem.k % 128:
+            return f"K={problem.k} is no multiple of 128, as this kernel wants of a dense weight's"
         return super().rejects(problem, device)
 
     def cut(self, problem: Problem, config: Config) -> Cut:
