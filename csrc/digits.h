@@ -91,8 +91,9 @@ inline void write_digits(const T* x, int64_t k, const Shape& shape, int offset, 
     }
 }
 
-template <int D, class T> inline Row to_digits(const T* x, int64_t k, const Shape& shape, int offset, int8_t* digits,
-                                               int32_t* start) {
+template <int D, class T>
+__attribute__((noinline)) Row to_digits(const T* x, int64_t k, const Shape& shape, int offset, int8_t* digits,
+                                        int32_t* start) {
     const int32_t most = largest(x, k);
     float largest;
     memcpy(&largest, &most, sizeof largest);

@@ -201,7 +201,7 @@ inline void rows_of_strip(const Out& out, const Shape& shape, const Strip& strip
 
 // The columns of registers [from, to), counted over all panels.
 template <int BITS, int D>
-inline void columns(const vecmat_call& call, const Shape& shape, const Digits& x, int64_t from, int64_t to,
+__attribute__((noinline)) void columns(const vecmat_call& call, const Shape& shape, const Digits& x, int64_t from, int64_t to,
                     float* partial) {
     const vecmat_panels& w = *call.weight;
     while (from < to) {

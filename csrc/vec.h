@@ -44,6 +44,7 @@ struct fp16 { uint16_t bits; };
 template <int N, class F> inline void each(const F& f) {
     for (int i = 0; i < N; ++i) f(i);
 }
+#define VECMAT_INLINE
 #else
 template <int I> struct Constant {
     constexpr operator int() const { return I; }
@@ -54,8 +55,8 @@ template <int N, int I = 0, class F> __attribute__((always_inline)) inline void 
         each<N, I + 1>(f);
     }
 }
-#endif
 #define VECMAT_INLINE __attribute__((always_inline))  // of a lambda that is given to each()
+#endif
 
 template <class V> inline V load_as(const void* from) {
     V value;
