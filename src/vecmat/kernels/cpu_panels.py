@@ -68,7 +68,7 @@ def _huge(nbytes: int) -> Tensor:
 class Packed:
     """A weight in panels: the C structure, its address, and the tensors it points into."""
 
-    __slots__ = ("address", "panels", "tensors")
+    __slots__ = ("address", "owner", "panels", "tensors")
 
     def __init__(self, weight: Weight, memory: Memory) -> None:
         columns = native().columns
@@ -78,7 +78,7 @@ class Packed:
         sizes = panels * padded * columns * bits // 8, count * 4, 0 if weight.zero is None else count
         whole, owner = memory.take(sum(sizes))  # each a multiple of a cache line, as columns is
         data, scale, zero = whole[: sizes[0]], whole[sizes[0] : sizes[0] + sizes[1]], whole[sum(sizes[:2]) :]
-        self.tensors = data, scale, zero, owner
+        self.tensors, self.owner = (data, scale, zero), owner
         self.panels = Panels(
             data.data_ptr(), scale.data_ptr(), zero.data_ptr() if sizes[2] else None,
             weight.n, weight.k, weight.format.group_size or 0, bits,
