@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal, Protocol
 
 import torch
@@ -138,3 +139,22 @@ def checked(contender: Contender, material: Material, x: Tensor) -> Calls:
         if not found <= contender.tolerance:
             raise Absent(f"its result is wrong: RMS error {found:.3g}; expected {contender.tolerance:g} at most")
     return calls
+
+
+def chosen(parser: argparse.ArgumentParser, only: str, groups: Mapping[str, Iterable[str]],
+           others: Iterable[str] = ()) -> dict[str, list[str]]:  # fmt: skip
+    """The groups, and in them the contenders, that ``only`` names, with commas; all if it is empty.
+
+    others: more names that must be known. An unknown one ends the program.
+    """
+    wanted = [name.strip() for name in only.split(",") if name.strip()]
+    contenders = [name for names in groups.values() for name in names]
+    unknown = [name for name in (*wanted, *others) if name not in groups and name not in contenders]
+    if unknown:
+        known = ", ".join((*groups, *dict.fromkeys(contenders)))
+        parser.error(f"{', '.join(unknown)}: neither group nor contender; known are {known}")
+    kept = {
+        group: [name for name in names if not wanted or group in wanted or name in wanted]
+        for group, names in groups.items()
+    }
+    return {group: names for group, names in kept.items() if names}

@@ -40,7 +40,7 @@ import peers_torch
 import peers_vecmat
 import ratios
 import vecmat
-from contender import Absent, Build, Calls, Contender, Material, checked
+from contender import Absent, Build, Calls, Contender, Material, checked, chosen
 from vecmat.device import Device
 from vecmat.measure import append_csv
 from vecmat.native import native
@@ -294,16 +294,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options.m = [int(m) for m in (options.m or (QUICK_ROWS if options.quick else ROWS)).split(",")]
     options.shapes = [tuple(map(int, shape.split("x"))) for shape in options.shapes.split(",")]
     options.kernels = dict(pair.split("=", 1) for pair in options.kernel)
-    wanted = [name.strip() for name in options.only.split(",") if name.strip()]
-    unknown = [name for name in (*wanted, *options.kernels) if name not in GROUPS and name not in CONTENDERS]
-    if unknown:
-        known = ", ".join((*GROUPS, *CONTENDERS))
-        parser.error(f"{', '.join(unknown)}: neither group nor contender; known are {known}")
-    chosen = {
-        group: [name for name in names if not wanted or group in wanted or name in wanted]
-        for group, names in GROUPS.items()
-    }
-    options.groups = {group: names for group, names in chosen.items() if names}
+    options.groups = chosen(parser, options.only, GROUPS, options.kernels)
     return options
 
 

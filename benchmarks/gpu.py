@@ -40,7 +40,7 @@ import peers_torch
 import peers_vecmat
 import ratios
 import vecmat
-from contender import FAILURES, Absent, Build, Calls, Contender, Material, checked, reason
+from contender import FAILURES, Absent, Build, Calls, Contender, Material, checked, chosen, reason
 from vecmat.bench import Sampler, medians, read_probe
 from vecmat.device import Device
 from vecmat.measure import append_csv
@@ -157,16 +157,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     options.m = [int(m) for m in options.m.split(",")]
     options.shapes = [tuple(map(int, shape.split("x"))) for shape in options.shapes.split(",")]
-    wanted = [name.strip() for name in options.only.split(",") if name.strip()]
-    unknown = [name for name in wanted if name not in GROUPS and name not in CONTENDERS]
-    if unknown:
-        known = ", ".join((*GROUPS, *CONTENDERS))
-        parser.error(f"{', '.join(unknown)}: neither group nor contender; known are {known}")
-    chosen = {
-        group: [name for name in names if not wanted or group in wanted or name in wanted]
-        for group, names in GROUPS.items()
-    }
-    options.groups = {group: names for group, names in chosen.items() if names}
+    options.groups = chosen(parser, options.only, GROUPS)
     if not options.table and not torch.cuda.is_available():
         parser.error("there is no GPU; --table prints a file's ratios")
     return options

@@ -25,7 +25,7 @@ LEVELS = {
     "_version": 0, "errors": 0, "native": 0, "settings": 0, "deepspeed_install": 0,
     "device": 0.5, "deepspeed_config": 0.5,
     "problem": 1, "weights": 1.5, "packs": 1.7,
-    "kernels.base": 2, "kernels._dense": 2.1, "kernels._triton": 2.1, "kernels._widen": 2.1, "kernels._gluon": 2.2,
+    "kernels.base": 2, "kernels._cpu": 2.1, "kernels._triton": 2.1, "kernels._widen": 2.1, "kernels._gluon": 2.2,
     "kernels._bring": 2.3, "kernels._wgmma": 2.4, "kernels": 2.9,
     "table": 2, "tables": 2.1, "bench": 2, "workloads": 2,
     "ready": 3, "tuner": 3, "dispatch": 4, "lowering": 0, "ops": 5, "library": 5.5, "measure": 5,
@@ -92,8 +92,8 @@ def test_a_kernel_knows_its_base_problems_weights_and_devices_and_nothing_else(n
     if name.startswith("kernels.triton_") or name in SHARED:
         allowed |= SHARED
     allowed |= {"packs"} if name == "kernels.base" else set()
-    allowed |= {"kernels._dense"} if name in ("kernels.cpu_packed", "kernels.torch_onednn") else set()
-    allowed |= {"native"} if name.startswith("kernels.cpu_") else set()
+    allowed |= {"kernels._cpu"} if name.startswith("kernels.cpu_") or name == "kernels.torch_onednn" else set()
+    allowed |= {"native"} if name.startswith(("kernels.cpu_", "kernels._cpu")) else set()
     for imported, line in imports(name):
         assert imported not in FILES or imported in allowed, f"{name}.py, line {line} imports {imported}"
 

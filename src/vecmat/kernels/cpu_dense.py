@@ -11,9 +11,9 @@ from torch.nn import functional as F
 from ..device import Device
 from ..native import DenseSpec, native
 from ..problem import DTYPES, Problem
+from ._cpu import TYPES, pairs, rejects_native, spec_of
 from .base import Config, Direct, Kernel, Run, time_us
 
-_TYPES = {"fp32": 0, "bf16": 1, "fp16": 2}
 # 1e12 operations a second and thread, in fp32: 0.095 with AVX-512 (docs/cpu.md), the others by their registers' width.
 _RATES = {"portable": 0.012, "avx2": 0.07}
 # x as the kernel copies it: so much of it, in bytes, stays in the last cache while the weight goes by; 29 MB did not
@@ -31,32 +31,28 @@ class CpuDense(Kernel):
     """
 
     def rejects(self, problem: Problem, device: Device) -> str | None:
-        if device.kind != "cpu":
-            return "this kernel is for CPUs"
+        if (reason := rejects_native(problem, device)) is not None:
+            return reason
         if not problem.weight.dense:
             return f"the weight is {problem.weight}; this kernel multiplies dense weights"
         if problem.layout != "nk":
             return "the weight is (K, N); this kernel reads (N, K) row by row"
-        if problem.grad:
-            return "a gradient is asked for; this kernel has none"
-        if not device.native:
-            return native().reason
         return None
 
     def estimate_us(self, problem: Problem, device: Device, config: Config) -> float:
-        rate = 0.19 if _pairs(problem, device.native) else _RATES.get(device.native, 0.095)
+        rate = 0.19 if pairs(problem, device.native) else _RATES.get(device.native, 0.095)
         moved = time_us(problem.bytes_moved, 0.95 * device.read_gbs, fixed_us=6.0)
         later = 2.0 * (problem.m - 1) * problem.n * problem.k  # the first row is multiplied while the weight arrives
         return moved + later / (rate * device.units) * 1e-6
 
     def reduction(self, problem: Problem, config: Config) -> str:
         isa = native().isa
-        return f"k in turn to the lanes of {isa}, {'pairs of bf16' if _pairs(problem, isa) else 'fp32'}"
+        return f"k in turn to the lanes of {isa}, {'pairs of bf16' if pairs(problem, isa) else 'fp32'}"
 
     def bind(self, problem: Problem, device: Device, config: Config) -> Run:
         multiply = native().dense
         n, k, out = problem.n, problem.k, DTYPES[problem.out]
-        spec = _spec(problem, device)
+        spec = spec_of(problem, device)
         address = addressof(spec)
         x_size, y_size = DTYPES[problem.x].itemsize, out.itemsize
         most = _most(problem, device)
@@ -88,21 +84,11 @@ class CpuDense(Kernel):
         if problem.m > _most(problem, device):
             return None
         return Direct(
-            function="dense", spec=_spec(problem, device),
-            x=_TYPES[problem.x], w=_TYPES[problem.weight.name], y=_TYPES[problem.out],
+            function="dense", spec=spec_of(problem, device),
+            x=TYPES[problem.x], w=TYPES[problem.weight.name], y=TYPES[problem.out],
         )  # fmt: skip
-
-
-def _spec(problem: Problem, device: Device) -> DenseSpec:
-    types = _TYPES[problem.x], _TYPES[problem.weight.name], _TYPES[problem.out]
-    return DenseSpec(problem.n, problem.k, *types, device.units)
 
 
 def _most(problem: Problem, device: Device) -> int:
     """Rows of x that one call takes."""
-    return max(_FEWEST, _TAKEN // (problem.k * (2 if _pairs(problem, device.native) else 4)))
-
-
-def _pairs(problem: Problem, isa: str) -> bool:
-    """Whether bf16 is multiplied by pairs."""
-    return problem.x == problem.weight.name == "bf16" and isa == "avx512_bf16"
+    return max(_FEWEST, _TAKEN // (problem.k * (2 if pairs(problem, device.native) else 4)))

@@ -13,10 +13,9 @@ from ..device import Device
 from ..native import DenseSpec, native
 from ..problem import DTYPES, Problem
 from ..weights import Weight
-from ._dense import PackedDense, writes
+from ._cpu import TYPES, PackedDense, pairs, rejects_native, spec_of, writes
 from .base import Config, Run, time_us
 
-_TYPES = {"fp32": 0, "bf16": 1, "fp16": 2}
 # 1e12 operations a second and thread: fp32, pairs of bf16. 4096x4096, 128 rows, on a Zen 4 (docs/cpu.md); portable by
 # its registers' width.
 _RATES = {"portable": (0.012, 0.012), "avx2": (0.1, 0.1), "avx512_bf16": (0.105, 0.21)}
@@ -32,7 +31,7 @@ class Packed:
         self.version = writes(weight.data)
         self.rows = (weight.data.t() if weight.layout == "kn" else weight.data).detach()
         rows = self.rows if self.rows.stride(1) == 1 else self.rows.contiguous()
-        spec = DenseSpec(weight.n, weight.k, 0, _TYPES[weight.format.name], 0, torch.get_num_threads())
+        spec = DenseSpec(weight.n, weight.k, 0, TYPES[weight.format.name], 0, torch.get_num_threads())
         data = torch.empty(native().packed_bytes(addressof(spec)), dtype=torch.uint8, device="cpu")
         native().pack_dense(addressof(spec), rows.data_ptr(), rows.stride(0), data.data_ptr())
         self.tensors, self.address = (data,), data.data_ptr()
@@ -53,29 +52,24 @@ class CpuPacked(PackedDense):
         return f"cpu_packed_{native().isa}"
 
     def rejects(self, problem: Problem, device: Device) -> str | None:
-        if device.kind != "cpu":
-            return "this kernel is for CPUs"
+        if (reason := rejects_native(problem, device)) is not None:
+            return reason
         if not problem.weight.dense:
             return f"the weight is {problem.weight}; this kernel multiplies dense weights"
         if not problem.packable:
             return "the weight is a plain tensor; only a Weight may have a packed copy"
         if problem.compute:
             return f"compute={problem.compute!r} quantises x; this kernel does not"
-        if problem.grad:
-            return "a gradient is asked for; this kernel has none"
-        if not device.native:
-            return native().reason
         return None
 
     def estimate_us(self, problem: Problem, device: Device, config: Config) -> float:
-        fp32, pairs = _RATES.get(device.native, _AVX512)
-        rate = pairs if _pairs(problem, device.native) else fp32
+        rate = _RATES.get(device.native, _AVX512)[pairs(problem, device.native)]
         return time_us(problem.bytes_moved, device.read_gbs, problem.flops, rate * device.units, 6.0)
 
     def reduction(self, problem: Problem, config: Config) -> str:
         isa = native().isa
         span = "32 of k" if problem.out == "fp32" else "a block of k"
-        return f"{span} in turn, then these sums, {isa}, {'pairs of bf16' if _pairs(problem, isa) else 'fp32'}"
+        return f"{span} in turn, then these sums, {isa}, {'pairs of bf16' if pairs(problem, isa) else 'fp32'}"
 
     def prepare(self, weight: Weight) -> Packed:
         return Packed(weight)
@@ -83,7 +77,7 @@ class CpuPacked(PackedDense):
     def bind(self, problem: Problem, device: Device, config: Config) -> Run:
         multiply = native().packed
         n, k, out = problem.n, problem.k, DTYPES[problem.out]
-        spec = DenseSpec(n, k, _TYPES[problem.x], _TYPES[problem.weight.name], _TYPES[problem.out], device.units)
+        spec = spec_of(problem, device)
         address = addressof(spec)
 
         def run(x: Tensor, operand: Any, bias: Tensor | None, spec: DenseSpec = spec) -> Tensor:
@@ -101,8 +95,3 @@ class CpuPacked(PackedDense):
             return y
 
         return run
-
-
-def _pairs(problem: Problem, isa: str) -> bool:
-    """Whether bf16 is multiplied by pairs."""
-    return problem.x == problem.weight.name == "bf16" and isa == "avx512_bf16"

@@ -14,6 +14,7 @@ from ..device import Device
 from ..native import Panels, native
 from ..problem import DTYPES, Problem
 from ..weights import Weight
+from ._cpu import TYPES, rejects_native
 from .base import Config, Direct, Kernel, Run, time_us
 
 # 1e12 operations a second and thread on bytes, for int8 and for int4 weights: 2048x2048, 32 rows, on a Zen 4
@@ -22,7 +23,6 @@ _RATES = {
     "avx512_bf16": (0.40, 0.40), "avx512_vnni": (0.40, 0.40), "avx512": (0.10, 0.19), "avx2": (0.077, 0.13),
     "portable": (0.008, 0.008),
 }  # fmt: skip
-_TYPES = {"fp32": 0, "bf16": 1, "fp16": 2}
 
 
 _HUGE = 2 << 20  # bytes of a huge page
@@ -111,14 +111,10 @@ class CpuPanels(Kernel):
         return f"cpu_panels_{native().isa}"
 
     def rejects(self, problem: Problem, device: Device) -> str | None:
-        if device.kind != "cpu":
-            return "this kernel is for CPUs"
+        if (reason := rejects_native(problem, device)) is not None:
+            return reason
         if problem.weight.name not in ("int8", "int4"):
             return f"the weight is {problem.weight}; this kernel multiplies int8 and int4"
-        if problem.grad:
-            return "a gradient is asked for; this kernel has none"
-        if not device.native:
-            return native().reason
         return None
 
     def estimate_us(self, problem: Problem, device: Device, config: Config) -> float:
@@ -135,7 +131,7 @@ class CpuPanels(Kernel):
     def bind(self, problem: Problem, device: Device, config: Config) -> Run:
         multiply = native().multiply
         n, k, digits, threads = problem.n, problem.k, _digits(problem), device.units
-        x_type, y_type, out = _TYPES[problem.x], _TYPES[problem.out], DTYPES[problem.out]
+        x_type, y_type, out = TYPES[problem.x], TYPES[problem.out], DTYPES[problem.out]
 
         def run(x: Tensor, operand: Any, bias: Tensor | None) -> Tensor:
             rows = x if x.dim() == 2 else x.reshape(-1, k)
@@ -154,7 +150,7 @@ class CpuPanels(Kernel):
         return run
 
     def direct(self, problem: Problem, device: Device, config: Config) -> Direct | None:
-        return Direct(function="multiply", x=_TYPES[problem.x], y=_TYPES[problem.out], digits=_digits(problem))
+        return Direct(function="multiply", x=TYPES[problem.x], y=TYPES[problem.out], digits=_digits(problem))
 
 
 def _digits(problem: Problem) -> int:

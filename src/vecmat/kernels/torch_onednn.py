@@ -10,7 +10,7 @@ from torch import Tensor
 from ..device import Device
 from ..problem import Problem
 from ..weights import Weight
-from ._dense import PackedDense, writes
+from ._cpu import PackedDense, writes
 from .base import Config, Run, finish, flat, time_us
 
 # Not fp32: oneDNN adds up all of k in one go, and where numbers cancel its error is several times that of F.linear
