@@ -10,6 +10,10 @@ weight-only quantisation.
 --attention packed makes rows of the queries that share a head of keys and values, as ``transformers`` does in eager
 mode; compiled, it repeats keys and values in memory first, four times for these shapes.
 
+--inductor fast sets two of Inductor's options, for every kind: its kernels may start while the one in front ends, as
+vecmat's do (``triton.enable_pdl``, compute capability 9.0), and small ones that do not depend on each other become one
+(``combo_kernels``).
+
 Each kind has a process of its own; they build and compile at the same time, and are timed one after the other once all
 are ready. Then torch's profiler says where a step's time goes: in kernels of a kind (of two at once the first counts),
 and in gaps between them. The first compiled logits are compared with eager ones; with --check both with those of the
@@ -35,6 +39,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._inductor.config as inductor
 import transformers
 from filelock import FileLock
 from torch import Tensor
@@ -108,32 +113,39 @@ class Decoder:
         self.cache = StaticCache(config=model.config, max_cache_len=CACHE)
         names = inspect.signature(type(model).forward).parameters
         self.kwargs = {"cache" if "cache" in names else "past_key_values": self.cache, "use_cache": True}
+        self.token = torch.zeros(batch, 1, dtype=torch.long, device=self.device)
+        self.position = torch.zeros_like(self.token)
+        for tensor in (self.token, self.position):  # a CUDA graph then writes them where they are
+            torch._dynamo.mark_static_address(tensor)
         mode: Any = {"mode": "reduce-overhead"} if self.device.type == "cuda" else {}
         self.run = torch.compile(self.step, fullgraph=True, dynamic=False, **mode) if compiled else self.step
 
-    def step(self, token: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The logits, the next token and its position."""
+    def step(self, token: Tensor, position: Tensor) -> Tensor:
+        """The logits; token and position become the next ones."""
         logits = self.model(input_ids=token, position_ids=position, **self.kwargs).logits[:, -1]
-        return logits, logits.argmax(-1, keepdim=True), position + 1
+        token.copy_(logits.argmax(-1, keepdim=True))
+        position.add_(1)
+        return logits
 
     def start(self) -> tuple[Tensor, Tensor]:
         """The cache holds one token, computed in eager mode: another to go on with, and its position."""
         self.cache.reset()
-        token = torch.arange(self.batch, device=self.device)[:, None]
-        position = torch.zeros_like(token)
-        self.step(token, position)
-        return token + 1, position + 1
+        self.token.copy_(torch.arange(self.batch, device=self.device)[:, None])
+        self.position.zero_()
+        self.step(self.token, self.position)
+        self.token.copy_(torch.arange(1, self.batch + 1, device=self.device)[:, None])
+        return self.token, self.position
 
     def steps(self, count: int, token: Tensor, position: Tensor) -> Tensor:
         for _ in range(count):
             torch.compiler.cudagraph_mark_step_begin()
-            _, token, position = self.run(token, position)
+            self.run(token, position)
         return token
 
     def differ(self) -> float:
         """How far the first step's logits are from eager ones, relative to their norm."""
-        eager = self.step(*self.start())[0].float()
-        return float((self.run(*self.start())[0].float() - eager).norm() / eager.norm())
+        eager = self.step(*self.start()).float()
+        return float((self.run(*self.start()).float() - eager).norm() / eager.norm())
 
     def seconds(self) -> list[float]:
         """Of each round of STEPS."""
@@ -209,13 +221,13 @@ def check(model: Any, decoder: Decoder, folder: Path) -> None:
     """
     with FileLock(folder / "check.lock"):  # one fp32 model at a time
         wide = Decoder(copy.deepcopy(model).float(), decoder.batch, compiled=False)
-        truth = wide.step(*wide.start())[0]
+        truth = wide.step(*wide.start())
         del wide
         gc.collect()
         if decoder.device.type == "cuda":
             torch.cuda.empty_cache()
     eager, compiled = (
-        float((run(*decoder.start())[0].float() - truth).norm() / truth.norm()) for run in (decoder.step, decoder.run)
+        float((run(*decoder.start()).float() - truth).norm() / truth.norm()) for run in (decoder.step, decoder.run)
     )
     print(f"batch {decoder.batch}: of the norm from fp32's logits: compiled {compiled:.4f}, eager {eager:.4f}")
     if not compiled <= 1.5 * eager + 0.01:
@@ -232,6 +244,9 @@ def turn() -> None:
 def run(args: argparse.Namespace, device: torch.device) -> None:
     """One kind of weights, the child's part: per batch size compiled and warm, then timed in turn; profiled at last."""
     begun = time.perf_counter()
+    if args.inductor == "fast":
+        inductor.combo_kernels = True
+        inductor.triton.enable_pdl = True
     model = prepared(args.weights, args.shapes, device, args.attention, args.fuse)
     rows: list[tuple[Decoder, dict[str, Any]]] = []
     for batch in map(int, args.batch.split(",")):
@@ -278,7 +293,7 @@ def measure(args: argparse.Namespace, decoder: Decoder, differs: float) -> dict[
         "vecmat": vecmat.__version__, "torch": torch.__version__, "transformers": transformers.__version__,
         "shapes": args.shapes, "weights": args.weights if decoder.compiled else f"{args.weights}-eager",
         "fused": args.fuse and not args.weights.startswith("torch"), "attention": args.attention,
-        "batch": decoder.batch,
+        "inductor": args.inductor, "batch": decoder.batch,
         "tokens_per_s": round(decoder.batch / step_s, 1), "step_ms": round(step_s * 1e3, 4),
         "fastest_ms": round(min(times) / STEPS * 1e3, 4), "slowest_ms": round(max(times) / STEPS * 1e3, 4),
         "differs": round(differs, 5), "memory_gb": round(memory / 1e9, 2),
@@ -291,6 +306,7 @@ def main() -> None:
     parser.add_argument("--weights", default="torch,bf16,int8,int4")
     parser.add_argument("--batch", default="1")
     parser.add_argument("--attention", choices=("sdpa", "packed"), default="sdpa")
+    parser.add_argument("--inductor", choices=("default", "fast"), default="default")
     parser.add_argument("--fuse", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--eager", action=argparse.BooleanOptionalAction, default=True, help="torch without compiling")
     parser.add_argument("--check", action="store_true", help="compare with fp32, too (minutes)")
@@ -302,9 +318,12 @@ def main() -> None:
         run(args, device)
         return
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-    print(f"{args.shapes} on {name}, torch {torch.__version__}, fuse={args.fuse}, {args.attention}, cache {CACHE}")
+    print(
+        f"{args.shapes} on {name}, torch {torch.__version__}, fuse={args.fuse}, {args.attention}, "
+        f"Inductor's options: {args.inductor}, cache {CACHE}"
+    )
     options = ["--child", "--shapes", args.shapes, "--batch", args.batch, "--out", str(args.out)]
-    options += ["--attention", args.attention]
+    options += ["--attention", args.attention, "--inductor", args.inductor]
     options += ["--fuse" if args.fuse else "--no-fuse", "--eager" if args.eager else "--no-eager"]
     options += ["--check"] if args.check else []
     children = [

@@ -297,9 +297,12 @@ def test_out_dtype_rounds_once_to_the_dtype_asked_for(kernel: str, device: str) 
     report(failures)
 
 
+@pytest.mark.parametrize(("planned", "others"), [(1, ()), (5, ()), (9, (16,)), (48, (33,))])
 @pytest.mark.parametrize("kernel", KERNELS)
 @torch.inference_mode()
-def test_every_config_is_right_for_every_m_of_its_bucket(kernel: str, device: str) -> None:
+def test_every_config_is_right_for_every_m_of_its_bucket(
+    kernel: str, planned: int, others: tuple[int, ...], device: str
+) -> None:
     failures = []
     chosen = registry()[0][kernel]
     shapes = ((33, 130),) if interpreted(kernel, device) else ((33, 130), (64, 256), (272, 1024))
@@ -308,22 +311,21 @@ def test_every_config_is_right_for_every_m_of_its_bucket(kernel: str, device: st
             a, w, bias = (t.to(device) for t in numbers("plain", 64, n, k, x_name, fmt))
             a, bias, weight = a.to(DTYPES[x_name]), bias.to(DTYPES[x_name]), stored(w, fmt, "nk", device)
             truth = Truth.of(a, weight, bias, compute=compute)
-            for planned, others in ((1, ()), (5, ()), (9, (16,)), (48, (33,))):
-                problem, where = bind_problem(a[:planned], weight, bias, compute=compute)
-                if chosen.rejects(problem, where):
-                    continue
-                configs = [dict(config) for config in chosen.configs(problem, where)]
-                assert dict(chosen.default_config(problem, where)) in configs
-                assert 1 <= len(configs) <= 40
-                assert len({str(sorted(c.items())) for c in configs}) == len(configs), "a config is listed twice"
-                for config in configs:
-                    run = chosen.bind(problem, where, config)
-                    for m in (planned, *others):
-                        with poisoned(m, n, a.dtype, device):
-                            y = run(guarded(a[:m]), chosen.operand(weight), bias)
-                        wrong = truth.verdict(y, slice(0, m))
-                        if wrong:
-                            failures.append(f"{config}: m={m} n={n} k={k} x={x_name} w={fmt} {compute}: {wrong}")
+            problem, where = bind_problem(a[:planned], weight, bias, compute=compute)
+            if chosen.rejects(problem, where):
+                continue
+            configs = [dict(config) for config in chosen.configs(problem, where)]
+            assert dict(chosen.default_config(problem, where)) in configs
+            assert 1 <= len(configs) <= 40
+            assert len({str(sorted(c.items())) for c in configs}) == len(configs), "a config is listed twice"
+            for config in configs:
+                run = chosen.bind(problem, where, config)
+                for m in (planned, *others):
+                    with poisoned(m, n, a.dtype, device):
+                        y = run(guarded(a[:m]), chosen.operand(weight), bias)
+                    wrong = truth.verdict(y, slice(0, m))
+                    if wrong:
+                        failures.append(f"{config}: m={m} n={n} k={k} x={x_name} w={fmt} {compute}: {wrong}")
     report(failures)
 
 

@@ -111,8 +111,10 @@ def fitting(configs: Sequence[Config], device: Device) -> list[Config]:
 def overlaps(device: Device) -> bool:
     """Whether a device can start a kernel before the one in front of it has ended (programmatic dependent launch).
 
-    A kernel launched so says ``gdc_launch_dependents()`` first and touches nothing but a frozen weight before
-    ``gdc_wait()``: x, y and every scratch buffer may still be in use by the kernel in front.
+    A kernel launched so touches nothing but a frozen weight before ``gdc_wait()``: x, y and every scratch buffer may
+    still be in use by the kernel in front. Only then it says ``gdc_launch_dependents()``, because Inductor's kernels
+    (``torch._inductor.config.triton.enable_pdl``) do not wait for a kernel that they take nothing from: whatever
+    starts after this one may trust that all before this one is done.
     """
     return device.kind == "cuda" and device.capability >= 90 and not device.interpreted
 

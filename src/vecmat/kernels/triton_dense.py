@@ -37,8 +37,8 @@ def _tiles(x_ptr, w_ptr, bias_ptr, y_ptr, part_ptr, count_ptr, N, K, stride_xm, 
     columns past the edge read row or column 0 and are not stored; past K's end both operands read zero.
     """
     if PDL:
-        gdc_launch_dependents()
         gdc_wait()
+        gdc_launch_dependents()
     tile_m, tile_n = tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
     m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)

@@ -33,8 +33,6 @@ def _rows(x_ptr, w_ptr, bias_ptr, y_ptr, N, K, stride_xk, stride_wn, stride_wk,
     Products in fp32 are added to BLOCK_K running sums a row, which one tree sum joins at the end; the bias is added
     in fp32; one rounding at the store. The weight is read once and evicted first, a step ahead; x stays in cache.
     """
-    if PDL:
-        gdc_launch_dependents()
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     row = tl.where(n < N, n, 0).to(tl.int64)
@@ -45,6 +43,8 @@ def _rows(x_ptr, w_ptr, bias_ptr, y_ptr, N, K, stride_xk, stride_wn, stride_wk,
     w = _load(w_tile, k[None, :], K, EVEN)
     if PDL and FROZEN:
         gdc_wait()
+    if PDL:
+        gdc_launch_dependents()
     for start in range(0, K, BLOCK_K):
         x = tl.load(x_ptr + (start + k) * stride_xk, mask=start + k < K, other=0.0)
         now = w
