@@ -151,6 +151,23 @@ def test_hard_numbers_are_right(kernel: str, device: str) -> None:
     report(failures)
 
 
+@torch.inference_mode()
+def test_the_fallback_is_right_on_hard_numbers_without_widening(device: str) -> None:
+    failures = []
+    fallback = registry()[0]["fallback"]
+    for fmt, x_name, compute in accepted_formats("fallback", device):
+        for kind in HARD:
+            if compute or x_name == "fp32" or (kind == "tiny w" and fmt not in DENSE):
+                continue
+            a, w, bias = (t.to(device) for t in numbers(kind, 5, 64, 256, x_name, fmt))
+            x, bias, weight = a.to(DTYPES[x_name]), bias.to(DTYPES[x_name]), stored(w, fmt, "nk", device)
+            run = fallback.bind(*bind_problem(x, weight, bias), {"widen": False})
+            wrong = Truth.of(x, weight, bias).verdict(run(x, fallback.operand(weight), bias))
+            if wrong:
+                failures.append(f"{kind}: x={x_name} w={fmt}: {wrong}")
+    report(failures)
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
 @torch.inference_mode()
 def test_inf_and_nan_stay_in_their_rows(kernel: str, device: str) -> None:

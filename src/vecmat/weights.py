@@ -184,7 +184,7 @@ class Weight:
             out = data.to(dtype)
         if scaled:
             assert self.scale is not None
-            _by_group(out, self.scale[start:stop].to(dtype), fmt, "mul_")
+            _by_group(out, self.scale[start:stop], fmt, "mul_")  # in fp32: fp16 cannot hold a small scale
         return out
 
     def __reduce__(self) -> tuple[Any, ...]:
