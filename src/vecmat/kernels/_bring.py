@@ -9,7 +9,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrier
 
 from ._gluon import in_order, per_word, powers
-from ._triton import gdc_wait
+from ._triton import gdc_launch_dependents, gdc_wait
 from ._widen import halves
 
 
@@ -168,6 +168,7 @@ def bring(sources, WHO: gl.constexpr, C: gl.constexpr):
     turn = w_turn
     if PDL and not FROZEN:
         gdc_wait()
+        gdc_launch_dependents()
     for done in range(WHO, LEAD, BRINGERS):
         if start + done < end:
             copy_weight(w_ptr, scale_ptr, w_ring, s_ring, w_ready, r, c, s_row, w_tile, w_turn, done, N, row_words,
@@ -175,6 +176,7 @@ def bring(sources, WHO: gl.constexpr, C: gl.constexpr):
         w_tile, w_turn = later(w_tile, w_turn, steps, BRINGERS)
     if PDL and FROZEN:
         gdc_wait()
+        gdc_launch_dependents()
     x = load_x(x_ptr, offsets, at, turn, words, DEEP // 2, EVEN)
     w_tile, w_turn = later(start // steps, start % steps, steps, LEAD + WHO)
     for done in range(WHO, end - start, BRINGERS):

@@ -15,7 +15,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from ._bring import bring, constants_of, of
 from ._gluon import fragments, per_word, powers, word_layout
-from ._triton import gdc_launch_dependents, gdc_wait
+from ._triton import gdc_wait
 from ._widen import widened_by
 
 
@@ -241,8 +241,6 @@ def warpgroups(x_ptr, w_ptr, scale_ptr, zero_ptr, bias_ptr, y_ptr, part_ptr, cou
     DEEP: gl.constexpr = WIDTH * per_word(KIND)
     X_TYPE: gl.constexpr = gl.bfloat16 if BF16 else gl.float16
     PARTS: gl.constexpr = max(1, DEEP // GROUP) if GROUP > 0 else 1
-    if PDL:
-        gdc_launch_dependents()
     steps = (row_words * ALIGN + WIDTH - 1) // WIDTH
     tiles = (N + TEAMS * ROWS - 1) // (TEAMS * ROWS)
     program = gl.program_id(0)
