@@ -26,8 +26,9 @@ from ..device import Device
 from ..problem import DTYPES, Problem
 from ..weights import Weight
 from ._triton import LAUNCH_ERRORS, Frozen, Launch, arrivals, overlaps, rejects_device
-from ._widen import bytes_to_bf16, bytes_to_floats, nibbles_to, nibbles_to_floats
-from ._widen import halves as halves  # for the kernels, which take it from here
+from ._widen import bytes_to_floats, e4m3_to_bf16, nibbles_to_floats
+from ._widen import halves as halves  # for the kernels, which take these from here
+from ._widen import widened_by as widened_by
 from .base import Config, Kernel, Run, flat
 
 # Values in a word, by the kind of weight.
@@ -67,26 +68,18 @@ def word_layout(LANE_WORDS, UNROLL, TILE, ROWS, WARPS_ROWS, DEPTH, WARPS_DEPTH):
 
 @gluon.jit
 def fragments(words, zero, KIND: gl.constexpr, BF16: gl.constexpr, ZERO: gl.constexpr, ROWS: gl.constexpr,
-              LANE_WORDS: gl.constexpr, UNROLL: gl.constexpr, FEWER: gl.constexpr = False):  # fmt: skip
+              LANE_WORDS: gl.constexpr, UNROLL: gl.constexpr, CROSSED: gl.constexpr = False):  # fmt: skip
     """A tile of words (ROWS, 4 * LANE_WORDS * UNROLL) as 16-bit floats (ROWS, values), k in the order of the MMAs.
 
-    zero: each row's zero point (ROWS,) if ZERO; int4 without has 8. FEWER: by fewer instructions, to be multiplied by
-    ``widened_by``.
+    zero: each row's zero point (ROWS,) if ZERO; int4 without has 8. Sums of them are to be multiplied by
+    ``widened_by``. CROSSED: fp8 as bf16 in the order of ``e4m3_to_bf16``.
     """
     if KIND == "int4":
-        twice: gl.constexpr = 0x43004300 if BF16 else 0x64006400
         if ZERO:
-            offset, _ = gl.broadcast(gl.expand_dims(twice + zero.to(gl.int32) * 0x10001, 1), words)
+            offset, _ = gl.broadcast(gl.expand_dims(zero.to(gl.int32) * 0x10001, 1), words)
         else:
-            offset = gl.full_like(words, twice + 0x80008)
-        if FEWER:
-            if ZERO:
-                offset, _ = gl.broadcast(gl.expand_dims(zero.to(gl.int32) * 0x10001, 1), words)
-            else:
-                offset = gl.full_like(words, 0x80008)
-            n0, n4, n1, n5, n2, n6, n3, n7 = nibbles_to(words, offset, BF16)
-        else:
-            n0, n4, n1, n5, n2, n6, n3, n7 = nibbles_to_floats(words, offset, BF16)
+            offset = gl.full_like(words, 0x80008)
+        n0, n4, n1, n5, n2, n6, n3, n7 = nibbles_to_floats(words, offset, BF16)
         evens = gl.join(gl.join(n0, n4), gl.join(n2, n6))
         odds = gl.join(gl.join(n1, n5), gl.join(n3, n7))
         # nibble = 4 * pair + 2 * half + odd; after the words come (pair, half, odd)
@@ -98,8 +91,8 @@ def fragments(words, zero, KIND: gl.constexpr, BF16: gl.constexpr, ZERO: gl.cons
         tile = gl.join(low, high).reshape([ROWS, UNROLL, 4, LANE_WORDS // 2, 2, 2])
         return tile.permute([0, 1, 3, 4, 2, 5]).reshape([ROWS, 8 * LANE_WORDS * UNROLL])
     else:
-        if FEWER and BF16 and KIND == "int8":
-            v0, v1, v2, v3 = bytes_to_bf16(words)
+        if CROSSED:
+            v0, v1, v2, v3 = e4m3_to_bf16(words)
         else:
             v0, v1, v2, v3 = bytes_to_floats(words, KIND, BF16)
         tile = gl.join(gl.join(v0, v1), gl.join(v2, v3)).reshape([ROWS, UNROLL, 4, LANE_WORDS, 2, 2])
@@ -107,29 +100,47 @@ def fragments(words, zero, KIND: gl.constexpr, BF16: gl.constexpr, ZERO: gl.cons
 
 
 @gluon.jit
-def in_order(x, KIND: gl.constexpr, ROWS: gl.constexpr, LANE: gl.constexpr, UNROLL: gl.constexpr):
+def row_of(index, BLOCK_N: gl.constexpr):
+    """Which row of a tile the fragments call ``index``: a lane has rows that lie next to each other."""
+    return index % 8 * (BLOCK_N // 8) + index // 8
+
+
+@gluon.constexpr_function
+def row_layout(ROWS, WARPS_ROWS, DEPTH, WARPS_DEPTH):
+    """Layout of a number a row, (DEPTH, ROWS) in the order of memory: each lane its own rows', side by side."""
+    each = [[0, 1]] + [[0, 2 * WARPS_ROWS * i] for i in powers(ROWS // (16 * WARPS_ROWS))]
+    chains = [[WARPS_DEPTH * i, 0] for i in powers(DEPTH // WARPS_DEPTH)]
+    lanes = [[0, 0], [0, 0]] + [[0, ROWS // 8 * i] for i in (1, 2, 4)]
+    warps = [[0, 2 * i] for i in powers(WARPS_ROWS)] + [[i, 0] for i in powers(WARPS_DEPTH)]
+    return gl.DistributedLinearLayout(each + chains, lanes, warps, [], [DEPTH, ROWS])
+
+
+@gluon.jit
+def in_order(x, KIND: gl.constexpr, ROWS: gl.constexpr, LANE: gl.constexpr, UNROLL: gl.constexpr,
+             CROSSED: gl.constexpr = False):  # fmt: skip
     """A tile of x (ROWS, 4 * LANE * UNROLL) in the order of ``fragments``. LANE: values that a lane has in a row."""
     if KIND == "int4":
         tile = x.reshape([ROWS, UNROLL, 4, LANE // 8, 2, 2, 2]).permute([0, 1, 3, 6, 5, 2, 4])
+    elif CROSSED:
+        tile = x.reshape([ROWS, UNROLL, 4, LANE // 4, 2, 2]).permute([0, 1, 3, 5, 2, 4])
     else:
         tile = x.reshape([ROWS, UNROLL, 4, LANE // 4, 2, 2]).permute([0, 1, 3, 4, 2, 5])
     return tile.reshape([ROWS, 4 * LANE * UNROLL])
 
 
 @gluon.jit
-def load_words(pointers, at, end, more, EVEN: gl.constexpr):
-    """A tile of weight words, read once and evicted first; past ``end`` zeros, and nothing unless ``more``."""
+def load_words(pointers, at, end, EVEN: gl.constexpr):
+    """A tile of weight words, read once and evicted first; past ``end`` zeros."""
     if EVEN:
-        return gl.load(pointers, mask=more, other=0, eviction_policy="evict_first")
+        return gl.load(pointers, eviction_policy="evict_first")
     else:
-        return gl.load(pointers, mask=(at < end) & more, other=0, eviction_policy="evict_first")
+        return gl.load(pointers, mask=at < end, other=0, eviction_policy="evict_first")
 
 
 @gluon.jit
-def load_group(pointers, step, groups, N, more, PER_STEP: gl.constexpr, GROUP: gl.constexpr):
+def load_group(pointers, step, groups, N, PER_STEP: gl.constexpr, GROUP: gl.constexpr):
     """Scales or zero points (groups, N) of the group that a step lies in."""
-    group = gl.minimum(step * PER_STEP // GROUP, groups - 1)
-    return gl.load(pointers + group * N, mask=(group >= 0) & more, other=0)
+    return gl.load(pointers + gl.minimum(step * PER_STEP // GROUP, groups - 1) * N)
 
 
 @gluon.jit
@@ -165,7 +176,7 @@ def join_parts(y, part_ptr, count_ptr, tile, part, split, n, m, BLOCK_N: gl.cons
 @gluon.jit
 def store_tile(y, tile, part, split, scale_ptr, bias_ptr, y_ptr, part_ptr, count_ptr, N, M, SCALED: gl.constexpr,
                BIAS: gl.constexpr, SPLIT: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_M: gl.constexpr,
-               OUT: gl.constexpr = None):  # fmt: skip
+               OUT: gl.constexpr = None, BY_LANE: gl.constexpr = False):  # fmt: skip
     """A tile (BLOCK_N, BLOCK_M) of sums into y (M, N): parts of K joined, scaled, the bias added, rounded once.
 
     OUT: the layout to store in, if not that of the sums.
@@ -177,7 +188,7 @@ def store_tile(y, tile, part, split, scale_ptr, bias_ptr, y_ptr, part_ptr, count
     if SPLIT:
         y, is_last = join_parts(y, part_ptr, count_ptr, tile, part, split, n, m, BLOCK_N, BLOCK_M)
         mine = mine & is_last
-    n += tile * BLOCK_N
+    n = tile * BLOCK_N + (row_of(n, BLOCK_N) if BY_LANE else n)
     if SCALED:
         y *= gl.load(scale_ptr + gl.minimum(n, N - 1))
     if BIAS:

@@ -169,7 +169,7 @@ def multiply(rings, TEAM: gl.constexpr, C: gl.constexpr):
                 z = 0
                 if ZERO:
                     z = gl.convert_layout(nth(zero, sub // CHAIN, ROWS, PARTS), gl.SliceLayout(1, w.type.layout))
-                left = fragments(w, z, KIND, BF16, ZERO, ROWS, LANE_WORDS, UNROLL, True)
+                left = fragments(w, z, KIND, BF16, ZERO, ROWS, LANE_WORDS, UNROLL)
                 left = gl.convert_layout(left, LEFT)
                 if sub == 0:
                     mbarrier.wait(x_ready.index(x_slot), done // X_STAGES & 1)
