@@ -268,11 +268,13 @@ class TritonDecode(Fragments):
         values = PER_WORD[kind_of(problem)]
         if not problem.weight.symmetric:  # zero points need registers of their own
             depth, rest = min(depth, 2), rest[:1]
+        deepest = 4 if problem.m > 8 and problem.weight.group_size else 8
         while True:
             config = self._config(problem, (block_n, warps, warps_n, depth, *rest))
             step = self.step_words(config) * values
             # No deeper than K; and masks need registers of their own.
-            if depth == 1 or (step < 2 * problem.k and (depth < 8 or problem.k % step == 0)):
+            masked = problem.k % step != 0
+            if depth == 1 or (step < 2 * problem.k and not (masked and depth >= deepest)):
                 parts = splits(-(-problem.n // block_n), problem.k // step, device.units)
                 many = problem.weight.name == "fp8" if problem.m > 8 else block_n == 32 and problem.k > 1024
                 return {**config, "split": parts[-1 if many else 0]}
@@ -297,7 +299,7 @@ class TritonDecode(Fragments):
         elif m <= 8:
             share, fixed = (0.93 if m > 1 else 0.97, 2.1) if dense else (0.97, 1.8)
         elif m <= 16 and int4:
-            share, fixed = (0.42, 4.4) if config["BLOCK_N"] == 16 else (0.58, 3.4)
+            share, fixed = {16: (0.42, 3.6), 32: (0.6, 2.4)}.get(int(config["BLOCK_N"]), (0.5, 5.0))
         elif m <= 16:
             share, fixed = (0.95, 4.2) if dense else (0.88, 3.0) if problem.weight.name == "int8" else (0.8, 3.4)
         else:
