@@ -8,6 +8,7 @@ Run as a program, without TRITON_INTERPRET: ``python tests/compile_triton.py a10
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -62,6 +63,15 @@ def problems() -> list[Problem]:
         for fmt, x in (("int8", "bf16"), ("int4:g128:zp", "fp16"), ("int4:g64", "bf16"), ("fp8", "bf16"))
     ]
     return dense + quantised
+
+
+def one_wave() -> list[Problem]:
+    """Problems whose default tile is to let all programs of triton_decode run at once on 132 multiprocessors."""
+    return [
+        Problem(m=8, n=n, k=k, x="bf16", weight=Format.parse(fmt), out="bf16")
+        for n, k in ((4096, 4096), (4096, 14336), (6144, 4096), (8192, 8192), (10240, 8192), (14336, 4096))
+        for fmt in ("int8", "int4:g128", "fp8")
+    ]
 
 
 def stored(problem: Problem) -> Weight:
@@ -125,7 +135,8 @@ def main(names: list[str]) -> None:
         for name, kernel in registry()[0].items():
             if not name.startswith("triton_"):
                 continue
-            for problem in problems():
+            more = one_wave() if name == "triton_decode" and device.units == 132 else []
+            for problem in problems() + more:
                 if kernel.rejects(problem, device) is not None:
                     continue
                 config = kernel.default_config(problem, device)
@@ -138,6 +149,8 @@ def main(names: list[str]) -> None:
                 shared = compiled[-1].metadata.shared
                 told = {"kernel": name, "device": device.name, "problem": problem.key(), "config": dict(config),
                         "registers": registers, "spilled": spilled, "shared": shared}  # fmt: skip
+                if problem in more:
+                    told["programs"] = math.prod(kernel.cut(problem, config).grid)
                 if name == "triton_wgmma":
                     told["loops"], told["overwritten"] = mma_hazards(compiled[-1])
                     told["serial"] = serial(compiled[-1])

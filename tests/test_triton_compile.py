@@ -1,4 +1,4 @@
-"""Triton kernels compile for GPUs that are not here: their default configs fit shared memory and spill nothing."""
+"""Triton kernels compile for GPUs that are not here: the default configs fit shared memory, spill nothing, run at once."""
 
 from __future__ import annotations
 
@@ -17,8 +17,13 @@ pytest.importorskip("triton", reason="Triton is not installed")
 SCRIPT = Path(__file__).parent / "compile_triton.py"
 
 
+def resident(registers: int, warps: int) -> int:
+    """Programs that fit the 65536 registers of a multiprocessor, of which a warp gets 256 at a time."""
+    return 65536 // (-(-registers * 32 // 256) * 256 * warps)
+
+
 @pytest.mark.parametrize("device", ["a100", "h100", "b200", "mi300x"])
-def test_default_configs_compile_fit_and_do_not_spill(device: str) -> None:
+def test_default_configs_compile_fit_do_not_spill_and_run_in_one_wave(device: str) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     ran = subprocess.run(
         [sys.executable, SCRIPT, device], capture_output=True, text=True, env=environment, check=False, timeout=600
@@ -29,6 +34,10 @@ def test_default_configs_compile_fit_and_do_not_spill(device: str) -> None:
     wanted |= {"triton_wgmma"} if device == "h100" else set()
     assert {told["kernel"] for told in compiled} == wanted
     wrong = [told for told in compiled if told["spilled"] or not told["fits"]]
+    assert not wrong, "\n".join(map(json.dumps, wrong))
+    waves = [told for told in compiled if "programs" in told]
+    assert device != "h100" or len(waves) == 18
+    wrong = [t for t in waves if t["programs"] > 132 * resident(t["registers"], t["config"]["num_warps"])]
     assert not wrong, "\n".join(map(json.dumps, wrong))
     warpgroups = [told for told in compiled if told["kernel"] == "triton_wgmma"]
     wrong = [told for told in warpgroups if told["overwritten"] or told["serial"] or not told["loops"]]
