@@ -1,4 +1,4 @@
-"""Triton kernels compile for GPUs that are not here: the default configs fit shared memory, spill nothing, run at once."""
+"""Triton kernels compile for GPUs that are not here: default configs fit shared memory, spill nothing, run at once."""
 
 from __future__ import annotations
 
