@@ -180,11 +180,10 @@ inline void rows_of_strip(const Out& out, const Shape& shape, const Strip& strip
     const int64_t chunk = m <= MOST ? shape.groups : (SPAN / shape.size ? SPAN / shape.size : 1);
     const int64_t blocks = divide_up(m, MOST);
     const auto at = [&](int64_t group) { return group < shape.groups ? group * shape.size : shape.padded; };
+    // What comes next lies next, a whole block on: the panel's next block, or the next panel's first.
+    const int64_t distance = at(chunk) / STEP<BITS> * COLUMNS * 4;
     for (int64_t first = 0; first < shape.groups; first += chunk) {
         const int64_t last = first + chunk < shape.groups ? first + chunk : shape.groups;
-        const int64_t steps = (at(last) - at(first)) / STEP<BITS>;
-        // What comes next lies next: the panel's next block, or the next panel's first.
-        const int64_t distance = steps * COLUMNS * 4;
         const int64_t lines = blocks > 1 && NV == VECTORS && (last < shape.groups || more) ? COLUMNS * 4 / 64 : 0;
         for (int64_t block = 0; block < blocks; ++block) {  // blocks of rows as equal as they can be
             const int64_t row = block * m / blocks, count = (block + 1) * m / blocks - row;

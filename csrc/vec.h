@@ -65,8 +65,12 @@ template <class V> inline V load_as(const void* from) {
 }
 template <class V> inline void store_as(void* to, V value) { memcpy(to, &value, sizeof value); }
 
-// Asks for an address' cache line, which need not exist, into the second cache.
-inline void prefetch(const void* at) { __builtin_prefetch(at, 0, 2); }
+// Asks for an address' cache line, which need not exist, into the second cache. gcc takes a function of nothing but
+// prefetches for one without effect, and a loop of them for empty, and leaves both out: not so with the asm.
+inline void prefetch(const void* at) {
+    asm volatile("" : "+r"(at));
+    __builtin_prefetch(at, 0, 2);
+}
 
 inline f32 splat(float value) {
 #if defined(__AVX512BW__)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -223,6 +224,25 @@ def test_sanitizers_find_nothing_in_small_and_awkward_sizes(tmp_path: Path) -> N
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     assert done.stdout.splitlines()[:-1] == native().isas if os.environ.get("VECMAT_ISA") is None else True
     assert done.stdout.splitlines()[-1].endswith(" 0 wrong")
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+def test_the_compiler_leaves_in_what_a_tile_asks_of_the_memory(tmp_path: Path) -> None:
+    """gcc 12 once took the loop of prefetches for one without effect: the same numbers, a fifth slower."""
+    source = tmp_path / "tile.cpp"
+    source.write_text(
+        '#include "panels.h"\n'
+        "namespace vecmat { namespace VECMAT_ISA {\n"
+        "template void tile<8, 1, 1, 4>(const Out&, const Shape&, const Strip&, const Digits&, int64_t, int64_t,\n"
+        "                               int64_t, const Ahead&, float*);\n"
+        "}}\n"
+    )
+    command = ["c++", "-std=c++17", "-fno-exceptions", "-fno-rtti", "-w", "-DVECMAT_ISA=portable", "-I",
+               str(ROOT / "csrc"), "-S", "-o", "-", str(source)]  # fmt: skip
+    for level in ("-O1", "-O3"):
+        done = subprocess.run([*command, level], capture_output=True, text=True, timeout=SANITIZED)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert re.search(r"\b(prefetch|prfm)", done.stdout), level
 
 
 @pytest.mark.skipif(shutil.which("aarch64-linux-gnu-g++") is None, reason="no compiler for arm64")
