@@ -54,6 +54,19 @@ def own_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     forget_plans()
 
 
+@pytest.fixture
+def packs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """cpu_packed is what can run a dense Weight."""
+    from vecmat.kernels import registry
+
+    kernels = registry()[0]
+    monkeypatch.undo()
+    for name, kernel in kernels.items():
+        if name not in ("cpu_packed", "fallback"):
+            monkeypatch.setattr(kernel, "rejects", lambda problem, device: "this test wants another kernel")
+    forget_plans()
+
+
 def test_the_module_was_built_where_the_library_was_and_this_torch_has_what_it_needs() -> None:
     if not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
         pytest.skip("torch before 2.10")
@@ -211,6 +224,82 @@ def test_a_dense_weight_that_was_moved_or_replaced_is_read_where_it_is_now() -> 
         layer.load_state_dict({"weight": -other.data, "weight_scale": other.scale})
         negated = vecmat.Weight("int8", -other.data, other.scale)
         assert torch.equal(layer(x.bfloat16()), vecmat.matmul(x.bfloat16(), negated))
+
+
+@needs_module
+@pytest.mark.parametrize("fmt", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("layout", ["nk", "kn"])
+@torch.inference_mode()
+def test_a_packed_dense_weight_is_called_with_the_bits_of_the_long_way(packs: None, fmt: str, layout: Any) -> None:
+    for m, n, k, biased in ((1, 1, 1, True), (1, 70, 96, False), (3, 33, 250, True), (17, 129, 64, False)):
+        for kind in ("fp32", fmt):
+            x, nk = problem(fmt, m, n, k, kind)
+            weight = nk if layout == "nk" else vecmat.Weight(fmt, nk.data.t().contiguous(), layout="kn")
+            bias = torch.randn(n).to(x.dtype) if biased else None
+            long = vecmat.matmul(x, weight, bias, kernel="cpu_packed")
+            call = warm(x, weight, bias)
+            with poisoned(m, n, x.dtype, "cpu"):
+                y = run(call, x, weight.data, bias, None)
+            assert y is not None, (m, n, k, kind)
+            assert torch.equal(y, long)
+            assert Truth.of(x, weight, bias).verdict(y) is None
+            assert run(call, x, weight.data.clone(), bias, None) is None, "another weight"
+
+
+@needs_module
+def test_a_packed_dense_weight_that_was_written_to_is_packed_again(packs: None) -> None:
+    x, weight = problem("bf16")
+    with torch.no_grad():
+        for change in (
+            lambda: weight.data.neg_(),
+            lambda: weight.data[3:4].fill_(2),
+            lambda: setattr(weight.data, "data", torch.randn(70, 96).bfloat16()),
+        ):
+            call = warm(x, weight)
+            before = run(call, x, weight.data, None, None)
+            assert before is not None
+            change()
+            assert run(call, x, weight.data, None, None) is None
+            after = vecmat.matmul(x, weight)
+            assert Truth.of(x, weight).verdict(after) is None
+            assert not torch.equal(after, before)
+            assert torch.equal(vecmat.matmul(x, weight), after)
+            assert vecmat.matmul(x, weight, kernel="cpu_packed").equal(after)
+    layer = vecmat.Linear.from_linear(torch.nn.Linear(96, 70, dtype=torch.bfloat16)).requires_grad_(False)
+    assert layer.bias is not None
+    for _ in range(3):
+        layer(x)
+    layer.weight.data = torch.randn(70, 96).bfloat16()
+    assert Truth.of(x, vecmat.Weight("bf16", layer.weight.detach()), layer.bias).verdict(layer(x)) is None
+    layer.load_state_dict({"weight": torch.ones(70, 96), "bias": torch.zeros(70)})
+    torch.testing.assert_close(layer(x), x.float().sum(1, keepdim=True).expand(3, 70).bfloat16())
+
+
+@needs_module
+def test_the_compiled_call_sees_what_became_of_a_packed_dense_weight(packs: None) -> None:
+    x, weight = problem("fp32")
+    parts = None, None, None, "fp32", 96, "nk", None, None, None
+    with torch.no_grad():
+        for _ in range(3):
+            for _ in range(3):
+                direct = torch.ops.vecmat.direct(x, weight.data, *parts)
+            assert torch.equal(direct, vecmat.matmul(x, weight))
+            assert Truth.of(x, weight).verdict(direct) is None
+            weight.data.neg_()
+
+
+@needs_module
+@torch.inference_mode()
+def test_a_packed_dense_weight_of_inference_mode_is_called_too_and_gone_with_its_copy(packs: None) -> None:
+    x, weight = problem("fp32")
+    call = warm(x, weight)
+    assert run(call, x, weight.data, None, None) is not None
+    copy = weakref.ref(next(iter(weight.packs.values())).tensors[0])
+    data = weakref.ref(weight.data)
+    del weight, call
+    gc.collect()
+    assert copy() is None
+    assert data() is None
 
 
 @needs_module

@@ -39,6 +39,8 @@ typedef int64_t (*Multiply)(const void* weight, const void* x, int64_t ldx, void
                             int64_t x_type, int64_t y_type, int64_t digits, int64_t threads);
 typedef int64_t (*Dense)(const void* spec, const void* x, int64_t ldx, const void* w, int64_t ldw, void* y,
                          const void* bias, int64_t m);
+typedef int64_t (*Packed)(const void* spec, const void* x, int64_t ldx, const void* w, void* y, const void* bias,
+                          int64_t m);
 
 // Given once by ``setup``, for the life of the process.
 struct Torch {
@@ -51,11 +53,16 @@ struct Torch {
 Torch torch;
 PyTypeObject* call_type;
 
-// A product that is ready to be called: the plan of one Problem, and for quantised weights the one weight.
+// Which function of csrc/dispatch.cpp is called: vecmat_multiply, vecmat_dense or vecmat_packed.
+enum Kind { MULTIPLY = 0, DENSE = 1, PACKED = 2 };
+
+// A product that is ready to be called: the plan of one Problem, and for packed weights the one weight.
 struct Call {
     PyObject_HEAD
-    uintptr_t function, first;  // vecmat_multiply and its panels, or vecmat_dense and its spec
-    int64_t dense;
+    int64_t kind;
+    uintptr_t function, spec, packed;  // what describes a dense product, and the packed weight
+    uintptr_t address;                 // PACKED: of the data that it was made from
+    int64_t version;                   // and torch's count of writes to it, -1 if it does not count
     int64_t m, n, k;
     int64_t x_type, w_type, y_type, digits, threads, biased;
     PyObject *out, *compute, *epoch, *keep;  // y's dtype, what was asked for, what tells that it is stale, what it reads
@@ -88,6 +95,15 @@ bool is_true(PyObject* value) {
 }
 
 bool wants_grad(PyObject* tensor) { return tensor != Py_None && is_true(PyObject_GetAttr(tensor, torch.requires_grad)); }
+
+// torch's count of writes to a tensor, -1 if it says none.
+int64_t version_of(PyObject* tensor) {
+    PyObject* version = PyObject_GetAttr(tensor, torch.version);
+    const int64_t count = version ? PyLong_AsLongLong(version) : -1;
+    Py_XDECREF(version);
+    if (PyErr_Occurred()) PyErr_Clear();
+    return count;
+}
 
 // Whether the settings and the threads are those that the plan was made for.
 bool is_current(const Call* call) {
@@ -147,8 +163,10 @@ PyObject* run(Call* call, PyObject* x, PyObject* weight, PyObject* bias, PyObjec
     if (call->biased && !(look(bias, &b) && type_of(b) == call->x_type && b.ndim == 1 && b.shape[0] == call->n &&
                           b.strides[0] == 1))
         Py_RETURN_NONE;
-    if (call->dense && !(look(weight, &w) && type_of(w) == call->w_type && w.ndim == 2 && w.shape[0] == call->n &&
-                         w.shape[1] == call->k && w.strides[1] == 1))
+    if (call->kind != MULTIPLY && !(look(weight, &w) && type_of(w) == call->w_type && w.ndim == 2)) Py_RETURN_NONE;
+    if (call->kind == DENSE && (w.shape[0] != call->n || w.shape[1] != call->k || w.strides[1] != 1)) Py_RETURN_NONE;
+    if (call->kind == PACKED && ((uintptr_t)w.data != call->address ||
+                                 (call->version >= 0 && version_of(weight) != call->version)))
         Py_RETURN_NONE;
     if (!is_current(call)) Py_RETURN_NONE;
     if (is_true(PyObject_CallNoArgs(torch.grad_enabled)) && (wants_grad(x) || wants_grad(weight) || wants_grad(bias)))
@@ -161,10 +179,16 @@ PyObject* run(Call* call, PyObject* x, PyObject* weight, PyObject* bias, PyObjec
     }
     int64_t done;
     Py_BEGIN_ALLOW_THREADS
-    done = call->dense ? ((Dense)call->function)((const void*)call->first, in.data, ldx, w.data, w.strides[0],
-                                                 out.data, b.data, m)
-                       : ((Multiply)call->function)((const void*)call->first, in.data, ldx, out.data, b.data, m,
-                                                    call->x_type, call->y_type, call->digits, call->threads);
+    const void *spec = (const void*)call->spec, *packed = (const void*)call->packed;
+    switch (call->kind) {
+        case DENSE:
+            done = ((Dense)call->function)(spec, in.data, ldx, w.data, w.strides[0], out.data, b.data, m);
+            break;
+        case PACKED: done = ((Packed)call->function)(spec, in.data, ldx, packed, out.data, b.data, m); break;
+        default:
+            done = ((Multiply)call->function)(packed, in.data, ldx, out.data, b.data, m, call->x_type, call->y_type,
+                                              call->digits, call->threads);
+    }
     Py_END_ALLOW_THREADS
     if (!done) {
         Py_DECREF(y);
@@ -243,11 +267,7 @@ bool unchanged(PyObject* given, PyObject* own, long long version) {
     DLTensor a, b;
     if (!look(given, &a) || !look(own, &b) || !same(a, b)) return false;
     if (version < 0) return true;  // an inference tensor: torch does not count
-    PyObject* now = PyObject_GetAttr(own, torch.version);
-    const long long count = now ? PyLong_AsLongLong(now) : -1;
-    Py_XDECREF(now);
-    if (PyErr_Occurred()) PyErr_Clear();
-    return count == version;
+    return version_of(own) == version;
 }
 
 // The Call of the weight that ``matmul``'s arguments name (a new reference), null if it is not known or has changed.
@@ -395,16 +415,17 @@ PyObject* call_run(PyObject*, PyObject* const* args, Py_ssize_t count) {
 }
 
 PyObject* call_new(PyTypeObject* type, PyObject* args, PyObject*) {
-    unsigned long long function, first;
-    long long dense, m, n, k, x_type, w_type, y_type, digits, threads, biased;
+    unsigned long long function, spec, packed, address;
+    long long kind, version, m, n, k, x_type, w_type, y_type, digits, threads, biased;
     PyObject *out, *compute, *epoch, *keep;
-    if (!PyArg_ParseTuple(args, "KKLLLLLLLLLLOOOO", &function, &first, &dense, &m, &n, &k, &x_type, &w_type,
-                          &y_type, &digits, &threads, &biased, &out, &compute, &epoch, &keep))
+    if (!PyArg_ParseTuple(args, "LKKKKLLLLLLLLLLOOOO", &kind, &function, &spec, &packed, &address, &version, &m, &n,
+                          &k, &x_type, &w_type, &y_type, &digits, &threads, &biased, &out, &compute, &epoch, &keep))
         return nullptr;
     allocfunc make = (allocfunc)PyType_GetSlot(type, Py_tp_alloc);
     Call* call = (Call*)make(type, 0);
     if (!call) return nullptr;
-    call->function = (uintptr_t)function, call->first = (uintptr_t)first, call->dense = dense;
+    call->kind = kind, call->function = (uintptr_t)function, call->spec = (uintptr_t)spec;
+    call->packed = (uintptr_t)packed, call->address = (uintptr_t)address, call->version = version;
     call->m = m, call->n = n, call->k = k;
     call->x_type = x_type, call->w_type = w_type, call->y_type = y_type;
     call->digits = digits, call->threads = threads, call->biased = biased;

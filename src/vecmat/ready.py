@@ -42,6 +42,7 @@ keep: Callable[..., None] = getattr(_module, "keep", _nothing)
 keep_plain: Callable[..., None] = getattr(_module, "keep_plain", _nothing)
 
 Ready = Callable[[Any, object], Any]
+_KINDS = "multiply", "dense", "packed"  # of functions, as csrc/python/call.cpp numbers them
 
 
 @functools.lru_cache(maxsize=1)
@@ -74,13 +75,17 @@ def maker(direct: Direct | None, problem: Problem, threads: int) -> Ready | None
     """
     if direct is None or not able():
         return None
-    function, make = native().addresses[direct.function], _module.Call
-    dense, out, compute = direct.function == "dense", DTYPES[problem.out], problem.compute or None
+    make, kind = _module.Call, direct.function
+    function, number = native().addresses[kind], _KINDS.index(kind)
+    spec = 0 if direct.spec is None else addressof(direct.spec)
     sizes = problem.m, problem.n, problem.k
     numbers = direct.x, direct.w, direct.y, direct.digits, threads, problem.bias
+    out, compute = DTYPES[problem.out], problem.compute or None
 
     def ready(operand: Any, epoch: object) -> Any:
-        first, keep = (addressof(direct.spec), direct.spec) if dense else (operand.address, operand)
-        return make(function, first, dense, *sizes, *numbers, out, compute, epoch, keep)
+        packed = 0 if kind == "dense" else operand.address
+        state = operand.state if kind == "packed" else (0, -1)
+        keep = direct.spec, None if kind == "dense" else operand
+        return make(number, function, spec, packed, *state, *sizes, *numbers, out, compute, epoch, keep)
 
     return ready
