@@ -21,7 +21,7 @@ import vecmat
 
 ROUNDS, CALLS = 41, 500
 COLD = (576, 576), (576, 1536), (640, 2048)
-COLD_FORMATS = ("int8", "cpu_panels"), ("int4", "cpu_panels"), ("bf16", "cpu_dense"), ("fp32", "cpu_dense")
+COLD_FORMATS = ("int8", "cpu_panels"), ("int4", "cpu_panels"), ("bf16", "cpu_packed"), ("fp32", "cpu_packed")
 
 
 def per_call_us(call: Callable[[], object]) -> float:

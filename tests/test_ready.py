@@ -165,7 +165,7 @@ def test_it_answers_none_for_anything_but_what_it_was_made_for(threads: int) -> 
         with vecmat.settings(strict=True):
             assert run(call, x, weight.data, None, None) is None
         assert run(call, x, weight.data, None, None) is not None
-        biased = warm(x, weight, bias)
+        biased = warm(x, weight, bias)[:1]
         for other in (None, bias[:69], bias.float(), torch.randn(140).bfloat16()[::2], bias.to("meta")):
             assert run(biased, x, weight.data, other, None) is None
     grad = x.clone().requires_grad_()
@@ -175,8 +175,36 @@ def test_it_answers_none_for_anything_but_what_it_was_made_for(threads: int) -> 
         assert run(biased, grad, weight.data, bias, None) is not None
         forget_plans()
         assert run(biased, x, weight.data, bias, None) is None
-    with pytest.raises(TypeError, match="expected a Call"):
+    with pytest.raises(TypeError, match="expected a tuple of Calls"):
         run("call", x, weight.data, None, None)
+    assert run(("call", None), x, weight.data, bias, None) is None
+
+
+@needs_module
+@torch.inference_mode()
+def test_products_of_several_kinds_with_one_weight_are_all_ready_and_the_oldest_goes() -> None:
+    _, weight = problem("int8")
+    bias = torch.randn(70).bfloat16()
+    asked = [(problem("int8", m)[0], added, compute)
+             for m in (1, 4) for added, compute in ((None, None), (bias, None), (None, "int8"))]  # fmt: skip
+    for x, added, compute in asked[:4]:
+        warm(x, weight, added, compute)
+    before = weight.ready
+    assert len(before) == 4
+    for x, added, compute in asked[:4]:
+        y = run(before, x, weight.data, added, compute)
+        assert y is not None
+        assert torch.equal(y, vecmat.matmul(x, weight, added, compute=compute, kernel="cpu_panels"))
+    assert weight.ready is before, "all were found, nothing was made"
+    warm(*asked[4][:1], weight, *asked[4][1:])
+    assert len(weight.ready) == 4
+    found = [run(weight.ready, x, weight.data, added, compute) is not None for x, added, compute in asked]
+    assert found == [False, True, True, True, True, False]
+    forget_plans()
+    warm(*asked[4][:1], weight, *asked[4][1:])
+    assert len(weight.ready) == 4, "a call that is stale gives its place to the one that replaces it"
+    x, added, compute = asked[4]
+    assert run(weight.ready, x, weight.data, added, compute) is not None
 
 
 @needs_module

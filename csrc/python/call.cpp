@@ -66,6 +66,7 @@ struct Call {
     int64_t m, n, k;
     int64_t x_type, w_type, y_type, digits, threads, biased;
     PyObject *out, *compute, *epoch, *keep;  // y's dtype, what was asked for, what tells that it is stale, what it reads
+    PyObject *size, *stride;                 // of y, if x has two dimensions
 };
 
 // The element type as csrc/vecmat.h numbers it, -1 for another.
@@ -137,6 +138,7 @@ bool rows_of(const DLTensor& x, int64_t k, int64_t* m, int64_t* ldx) {
 }
 
 PyObject* fresh(const Call* call, const DLTensor& x) {
+    if (x.ndim == 2) return PyObject_CallFunctionObjArgs(torch.empty, call->size, call->stride, call->out, nullptr);
     PyObject *size = PyTuple_New(x.ndim), *stride = PyTuple_New(x.ndim), *y = nullptr;
     if (size && stride) {
         int64_t step = 1;
@@ -153,13 +155,33 @@ PyObject* fresh(const Call* call, const DLTensor& x) {
     return y;
 }
 
+// What a call is asked for, beside the weight: x's rows and type, a bias, ``compute``.
+struct Asked {
+    DLTensor x;
+    int64_t k, m, ldx, type;
+    bool biased;
+    PyObject* compute;
+};
+
+// What is asked with x, whose last dimension must be k (any if k < 0); false for an x that is not read here.
+bool ask(PyObject* x, int64_t k, PyObject* bias, PyObject* compute, Asked* out) {
+    if (!look(x, &out->x) || out->x.ndim < 1) return false;
+    out->k = k < 0 ? out->x.shape[out->x.ndim - 1] : k;
+    out->type = type_of(out->x), out->biased = bias != Py_None, out->compute = compute;
+    return out->type >= 0 && rows_of(out->x, out->k, &out->m, &out->ldx);
+}
+
+bool answers(const Call* call, const Asked& asked) {
+    return call->m == asked.m && call->k == asked.k && call->x_type == asked.type &&
+           (call->biased != 0) == asked.biased && call->compute == asked.compute;
+}
+
 // y, None if the arguments are not what the call was made for, null with an exception set if something failed.
-PyObject* run(Call* call, PyObject* x, PyObject* weight, PyObject* bias, PyObject* compute) {
-    DLTensor in, w{}, b{}, out;
-    int64_t m, ldx;
-    if (compute != call->compute || (bias != Py_None) != (call->biased != 0) || !look(x, &in) ||
-        type_of(in) != call->x_type || !rows_of(in, call->k, &m, &ldx) || m != call->m)
-        Py_RETURN_NONE;
+PyObject* run(Call* call, const Asked& asked, PyObject* x, PyObject* weight, PyObject* bias) {
+    if (!answers(call, asked)) Py_RETURN_NONE;
+    const DLTensor& in = asked.x;
+    const int64_t m = asked.m, ldx = asked.ldx;
+    DLTensor w{}, b{}, out;
     if (call->biased && !(look(bias, &b) && type_of(b) == call->x_type && b.ndim == 1 && b.shape[0] == call->n &&
                           b.strides[0] == 1))
         Py_RETURN_NONE;
@@ -198,6 +220,19 @@ PyObject* run(Call* call, PyObject* x, PyObject* weight, PyObject* bias, PyObjec
     return y;
 }
 
+// The same for the one of several calls, a tuple of them, that answers; the caller holds the tuple.
+PyObject* run_any(PyObject* calls, PyObject* x, PyObject* weight, PyObject* bias, PyObject* compute) {
+    Asked asked;
+    const Py_ssize_t count = PyTuple_Size(calls);
+    if (count < 0) return nullptr;
+    if (!ask(x, -1, bias, compute, &asked)) Py_RETURN_NONE;
+    for (Py_ssize_t i = 0; i < count; ++i) {
+        Call* call = (Call*)PyTuple_GetItem(calls, i);
+        if (Py_TYPE(call) == call_type && answers(call, asked)) return run(call, asked, x, weight, bias);
+    }
+    Py_RETURN_NONE;
+}
+
 // Products with plain dense tensors, by their sizes and types; a Call checks what it is given, so any slot will do.
 constexpr int64_t PLAIN = 256;
 Call* plain[PLAIN];
@@ -209,13 +244,13 @@ int64_t slot(int64_t m, int64_t n, int64_t k, int64_t type, bool biased) {
 }
 
 PyObject* run_plain(PyObject* x, PyObject* weight, PyObject* bias) {
-    DLTensor in, w;
-    int64_t m, ldx;
-    if (!look(x, &in) || !look(weight, &w) || w.ndim != 2 || !rows_of(in, w.shape[1], &m, &ldx)) Py_RETURN_NONE;
-    Call* call = plain[slot(m, w.shape[0], w.shape[1], type_of(in), bias != Py_None)];
+    DLTensor w;
+    Asked asked;
+    if (!look(weight, &w) || w.ndim != 2 || !ask(x, w.shape[1], bias, Py_None, &asked)) Py_RETURN_NONE;
+    Call* call = plain[slot(asked.m, w.shape[0], w.shape[1], asked.type, asked.biased)];
     if (!call) Py_RETURN_NONE;
     Py_INCREF(call);  // another thread may put one of its own into the slot
-    PyObject* y = run(call, x, weight, bias, Py_None);
+    PyObject* y = run(call, asked, x, weight, bias);
     Py_DECREF(call);
     return y;
 }
@@ -270,8 +305,8 @@ bool unchanged(PyObject* given, PyObject* own, long long version) {
     return version_of(own) == version;
 }
 
-// The Call of the weight that ``matmul``'s arguments name (a new reference), null if it is not known or has changed.
-PyObject* call_of(PyObject* const* args) {
+// The Calls of the weight that ``matmul``'s arguments name (a new reference), null if it is not known or has changed.
+PyObject* calls_of(PyObject* const* args) {
     DLTensor data;
     if (!weights.room || !look(args[1], &data) || !data.data) return nullptr;
     const Known found = *place(weights.known, weights.room, data.data);
@@ -280,10 +315,10 @@ PyObject* call_of(PyObject* const* args) {
     Py_INCREF(twin);
     bool good = equal(args[5], found.format) && equal(args[6], found.k) && equal(args[7], found.layout);
     for (int i = 0; good && i < 3; ++i) good = unchanged(args[1 + i], found.tensors[i], found.versions[i]);
-    PyObject* call = good ? PyObject_GetAttr(twin, torch.ready) : nullptr;
+    PyObject* calls = good ? PyObject_GetAttr(twin, torch.ready) : nullptr;
     Py_DECREF(twin);
-    if (call && Py_TYPE(call) == call_type) return call;
-    Py_XDECREF(call);
+    if (calls && PyTuple_Check(calls)) return calls;
+    Py_XDECREF(calls);
     PyErr_Clear();
     return nullptr;
 }
@@ -292,9 +327,9 @@ PyObject* call_of(PyObject* const* args) {
 PyObject* matmul(PyObject*, PyObject* const* args, Py_ssize_t count) {
     if (count == 11 && args[8] == Py_None && args[9] == Py_None) {
         PyObject* y = nullptr;
-        if (PyObject* call = call_of(args)) {
-            y = run((Call*)call, args[0], args[1], args[4], args[10]);
-            Py_DECREF(call);
+        if (PyObject* calls = calls_of(args)) {
+            y = run_any(calls, args[0], args[1], args[4], args[10]);
+            Py_DECREF(calls);
         } else if (args[10] == Py_None && PyUnicode_Check(args[5]) && PyUnicode_Check(args[7]) &&
                    PyUnicode_GetLength(args[5]) == 0 && PyUnicode_CompareWithASCIIString(args[7], "nk") == 0) {
             y = run_plain(args[0], args[1], args[4]);
@@ -407,11 +442,22 @@ PyObject* plain_keep(PyObject*, PyObject* call) {
 }
 
 PyObject* call_run(PyObject*, PyObject* const* args, Py_ssize_t count) {
-    if (count != 5 || Py_TYPE(args[0]) != call_type) {
-        PyErr_SetString(PyExc_TypeError, "run: expected a Call, x, weight, bias and compute");
+    if (count != 5 || !PyTuple_Check(args[0])) {
+        PyErr_SetString(PyExc_TypeError, "run: expected a tuple of Calls, x, weight, bias and compute");
         return nullptr;
     }
-    return run((Call*)args[0], args[1], args[2], args[3], args[4]);
+    return run_any(args[0], args[1], args[2], args[3], args[4]);
+}
+
+// Whether two Calls answer the same question, so that a weight needs only the later one.
+PyObject* call_replaces(PyObject* self, PyObject* other) {
+    if (Py_TYPE(other) != call_type) {
+        PyErr_SetString(PyExc_TypeError, "replaces: expected a Call");
+        return nullptr;
+    }
+    const Call* call = (const Call*)self;
+    const Asked asked = {{}, call->k, call->m, 0, call->x_type, call->biased != 0, call->compute};
+    return PyBool_FromLong(answers((const Call*)other, asked));
 }
 
 PyObject* call_new(PyTypeObject* type, PyObject* args, PyObject*) {
@@ -431,12 +477,18 @@ PyObject* call_new(PyTypeObject* type, PyObject* args, PyObject*) {
     call->digits = digits, call->threads = threads, call->biased = biased;
     Py_INCREF(out), Py_INCREF(compute), Py_INCREF(epoch), Py_INCREF(keep);
     call->out = out, call->compute = compute, call->epoch = epoch, call->keep = keep;
+    call->size = Py_BuildValue("(LL)", m, n), call->stride = Py_BuildValue("(Li)", n, 1);
+    if (!call->size || !call->stride) {
+        Py_DECREF(call);
+        return nullptr;
+    }
     return (PyObject*)call;
 }
 
 void call_free(PyObject* self) {
     Call* call = (Call*)self;
     Py_XDECREF(call->out), Py_XDECREF(call->compute), Py_XDECREF(call->epoch), Py_XDECREF(call->keep);
+    Py_XDECREF(call->size), Py_XDECREF(call->stride);
     PyTypeObject* type = Py_TYPE(self);
     ((freefunc)PyType_GetSlot(type, Py_tp_free))(self);
     Py_DECREF(type);
@@ -462,7 +514,7 @@ PyObject* setup(PyObject*, PyObject* args) {
 PyMethodDef METHODS[] = {
     {"setup", setup, METH_VARARGS, "setup(exchange, Tensor, Parameter, empty, is_grad_enabled, get_num_threads, scope)"},
     {"run", (PyCFunction)(void (*)(void))call_run, METH_FASTCALL,
-     "run(call, x, weight, bias, compute): y, or None where they are not what the call was made for"},
+     "run(calls, x, weight, bias, compute): y, or None where they are not what one of the calls was made for"},
     {"run_plain", (PyCFunction)(void (*)(void))plain_run, METH_FASTCALL,
      "run_plain(x, weight, bias): the same for a dense tensor, with what keep_plain was given"},
     {"keep_plain", plain_keep, METH_O, "keep_plain(call): let run_plain find it"},
@@ -475,8 +527,14 @@ PyMethodDef METHODS[] = {
 
 PyModuleDef MODULE = {PyModuleDef_HEAD_INIT, "_call", nullptr, -1, METHODS, nullptr, nullptr, nullptr, nullptr};
 
-PyType_Slot CALL_SLOTS[] = {
-    {Py_tp_new, (void*)call_new}, {Py_tp_dealloc, (void*)call_free}, {0, nullptr}};
+PyMethodDef CALL_METHODS[] = {
+    {"replaces", call_replaces, METH_O, "replaces(other): whether it is asked for with the same arguments as other"},
+    {nullptr, nullptr, 0, nullptr},
+};
+PyType_Slot CALL_SLOTS[] = {{Py_tp_new, (void*)call_new},
+                            {Py_tp_dealloc, (void*)call_free},
+                            {Py_tp_methods, CALL_METHODS},
+                            {0, nullptr}};
 PyType_Spec CALL = {"vecmat._call.Call", sizeof(Call), 0, Py_TPFLAGS_DEFAULT, CALL_SLOTS};
 
 }  // namespace

@@ -2,8 +2,8 @@
 
 Through Python and ctypes a call costs several microseconds, twice that with cold caches: as much as a small weight's
 bytes. ``_call.run`` looks at x, allocates y and calls the library, with the GIL released meanwhile. A ``Call`` is made
-of a plan once it has run, for its very M, and kept with the Weight; it answers None whenever it is not what is asked
-for now (another x, other settings, another number of threads, a gradient), and the caller goes the long way.
+of a plan once it has run, for its very M, and kept with the Weight beside a few others; when none of them is what is
+asked for now (another x, other settings, another number of threads, a gradient), the caller goes the long way.
 
 Without the module, or on a torch without DLPack's exchange API (before 2.10), nothing is ever ready.
 """
@@ -34,7 +34,7 @@ def _nothing(*_: Any) -> None:
     """What stands for the module's functions where it is not: nothing is ready."""
 
 
-# run(call, x, data, bias, compute), run_plain(x, weight, bias): y, or None where they are not what was made ready.
+# run(calls, x, data, bias, compute), run_plain(x, weight, bias): y, or None where they are not what was made ready.
 run: Callable[..., Tensor | None] = getattr(_module, "run", _nothing)
 run_plain: Callable[..., Tensor | None] = getattr(_module, "run_plain", _nothing)
 # keep(twin, format, k, layout), for the function that ``direct_of`` gives; keep_plain(call), for ``run_plain``.

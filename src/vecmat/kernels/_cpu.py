@@ -84,6 +84,7 @@ class PackedDense(Kernel):
         if pack.state != state_of(weight.data):
             assert self.packing is not None
             del weight.packs[self.packing]
+            weight.ready = None  # products that would read the old copy, and keep it
             pack = super().operand(weight)
         return pack
 
