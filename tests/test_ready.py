@@ -16,7 +16,7 @@ from cases import poisoned, stored
 from oracle import Truth
 from vecmat.native import native
 from vecmat.problem import DTYPES
-from vecmat.ready import able, run, run_plain
+from vecmat.ready import able, as_called, run, run_plain
 from vecmat.settings import forget_plans
 
 pytestmark = pytest.mark.skipif(not native().isa, reason=native().reason or "-")
@@ -178,6 +178,30 @@ def test_it_answers_none_for_anything_but_what_it_was_made_for(threads: int) -> 
     with pytest.raises(TypeError, match="expected a tuple of Calls"):
         run("call", x, weight.data, None, None)
     assert run(("call", None), x, weight.data, bias, None) is None
+
+
+@needs_module
+@pytest.mark.parametrize("fmt", ["int8", "bf16"])
+@torch.inference_mode()
+def test_what_is_timed_is_the_call_that_matmul_makes(
+    packs: None, fmt: str, monkeypatch: pytest.MonkeyPatch, threads: int
+) -> None:
+    if fmt == "int8":
+        monkeypatch.undo()
+    x, weight = problem(fmt)
+    plan = vecmat.explain(x, weight).plan
+    gone_long: list[Tensor] = []
+
+    def long(*given: Any) -> Tensor:
+        gone_long.append(plan.run(*given))
+        return gone_long[-1]
+
+    call = as_called(plan.ready, long, x, weight, plan.operand(weight), None, None)
+    assert torch.equal(call(), plan.run(x, plan.operand(weight), None))
+    assert not gone_long
+    assert as_called(None, long, x, weight, plan.operand(weight), None, None)() is gone_long[0]
+    torch.set_num_threads(1)
+    assert call() is gone_long[1]
 
 
 @needs_module

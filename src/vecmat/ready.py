@@ -24,6 +24,7 @@ from .kernels.base import Direct
 from .native import native
 from .problem import DTYPES, Problem
 from .settings import scope
+from .weights import Weight
 
 _module: Any = None
 with contextlib.suppress(ImportError):
@@ -89,3 +90,22 @@ def maker(direct: Direct | None, problem: Problem, threads: int) -> Ready | None
         return make(number, function, spec, packed, *state, *sizes, *numbers, out, compute, epoch, keep)
 
     return ready
+
+
+def as_called(
+    make: Ready | None, long: Callable[..., Tensor], x: Tensor, weight: Weight, operand: Any, bias: Tensor | None,
+    compute: str | None,
+) -> Callable[[], Tensor]:  # fmt: skip
+    """The product of a plan as a warm ``matmul`` would call it, to be timed: ``long``, or the short way if it has one.
+
+    make: what ``maker`` gave. The rest is ``matmul``'s arguments, and the operand that ``long`` takes for the weight.
+    """
+    if make is None:
+        return lambda: long(x, operand, bias)
+    calls = (make(operand, scope().epoch),)
+
+    def call() -> Tensor:
+        y = run(calls, x, weight.data, bias, compute)
+        return long(x, operand, bias) if y is None else y
+
+    return call
