@@ -68,7 +68,7 @@ class CpuPacked(PackedDense):
 
     def estimate_us(self, problem: Problem, device: Device, config: Config) -> float:
         rate = _RATES.get(device.native, _AVX512)[pairs(problem, device.native)]
-        return time_us(problem.bytes_moved, device.read_gbs, problem.flops, rate * device.units, 6.0)
+        return time_us(problem.bytes_moved, device.read_gbs, problem.flops, rate * device.units, 3.0)
 
     def reduction(self, problem: Problem, config: Config) -> str:
         isa = native().isa
