@@ -44,6 +44,8 @@ def main() -> None:
     ours8 = vecmat.Linear.from_linear(theirs16, "int8")
     pairs: list[tuple[str, Callable[[], object], str, Callable[[], object]]] = [
         ("matmul(x, w)", lambda: vecmat.matmul(x, w), "F.linear(x, w)", lambda: F.linear(x, w)),
+        ("the same by torch_dense", lambda: vecmat.matmul(x, w, kernel="torch_dense"), "F.linear(x, w)",
+         lambda: F.linear(x, w)),
         ("matmul(x, w, b)", lambda: vecmat.matmul(x, w, b), "F.linear(x, w, b)", lambda: F.linear(x, w, b)),
         ("matmul(x, Weight fp32)", lambda: vecmat.matmul(x, dense), "F.linear(x, w)", lambda: F.linear(x, w)),
         ("vecmat.Linear(x)", lambda: ours(x), "nn.Linear(x)", lambda: theirs(x)),
