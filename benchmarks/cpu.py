@@ -68,7 +68,7 @@ GROUPS = {
 }  # fmt: skip
 
 SLICE_S = 0.010  # a sample's length: calls are repeated until it is filled
-SETTLE_S = 0.004  # other runtimes' threads go on spinning after a call, and would take a core from the next
+SETTLE_S = 0.03  # other runtimes' threads go on spinning after a call, and would take a core from the next
 ENOUGH_S = 1.0  # a contender whose samples have taken this long has had its rounds, LEAST of them given
 LEAST = 3
 APART_S = 60.0  # the longest that a run waits, in all, for threads to get a core each
