@@ -21,7 +21,7 @@ import vecmat
 
 ROUNDS, CALLS = 41, 500
 COLD = (576, 576), (576, 1536), (640, 2048)
-COLD_FORMATS = ("int8", "cpu_panels"), ("int4", "cpu_panels"), ("bf16", "cpu_dense"), ("fp32", "cpu_dense")
+COLD_FORMATS = ("int8", "cpu_panels"), ("int4", "cpu_panels"), ("bf16", "cpu_packed"), ("fp32", "cpu_packed")
 
 
 def per_call_us(call: Callable[[], object]) -> float:
@@ -44,6 +44,8 @@ def main() -> None:
     ours8 = vecmat.Linear.from_linear(theirs16, "int8")
     pairs: list[tuple[str, Callable[[], object], str, Callable[[], object]]] = [
         ("matmul(x, w)", lambda: vecmat.matmul(x, w), "F.linear(x, w)", lambda: F.linear(x, w)),
+        ("the same by torch_dense", lambda: vecmat.matmul(x, w, kernel="torch_dense"), "F.linear(x, w)",
+         lambda: F.linear(x, w)),
         ("matmul(x, w, b)", lambda: vecmat.matmul(x, w, b), "F.linear(x, w, b)", lambda: F.linear(x, w, b)),
         ("matmul(x, Weight fp32)", lambda: vecmat.matmul(x, dense), "F.linear(x, w)", lambda: F.linear(x, w)),
         ("vecmat.Linear(x)", lambda: ours(x), "nn.Linear(x)", lambda: theirs(x)),

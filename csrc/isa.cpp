@@ -35,12 +35,24 @@ template <int D, class X> struct Written {
     }
 };
 
+// A call's work as worth() counts it: half a byte read is a unit, and so are as many products as take that long.
+template <int D> inline int64_t work_of(const vecmat_panels& w, int64_t m) {
+#if defined(__AVX512VNNI__)
+    constexpr int64_t EACH = 16;
+#elif defined(__AVX2__)
+    constexpr int64_t EACH = 2;
+#else
+    constexpr int64_t EACH = 1;
+#endif
+    return w.n * w.k * w.bits / 16 + m * D * w.n * w.k / EACH;
+}
+
 template <int BITS, int D, class X> inline bool multiply(const vecmat_call& call) {
     constexpr int64_t BESIDE = 1 << 22, FEW = 48;
     const vecmat_panels& w = *call.weight;
     const Shape shape(w);
     const int64_t m = call.m, units = divide_up(w.n, LANES);
-    const int threads = worth(call.threads, units, m * w.n * w.k);
+    const int threads = worth(call.threads, units, work_of<D>(w, m));
     // Each thread writes all digits for itself: what a core of another cache wrote comes at 100 ns a line. They share the
     // work where a thread's columns are so few that it would count.
     const bool shared = m > threads && w.n < 512 * threads;

@@ -28,7 +28,7 @@ LEVELS = {
     "kernels.base": 2, "kernels._cpu": 2.1, "kernels._triton": 2.1, "kernels._widen": 2.1, "kernels._gluon": 2.2,
     "kernels._bring": 2.3, "kernels._wgmma": 2.4, "kernels": 2.9,
     "table": 2, "tables": 2.1, "bench": 2, "workloads": 2,
-    "ready": 3, "tuner": 3, "dispatch": 4, "lowering": 0, "ops": 5, "library": 5.5, "measure": 5,
+    "ready": 3, "tuner": 3.1, "dispatch": 4, "lowering": 0, "ops": 5, "library": 5.5, "measure": 5,
     "checkpoints.safe": 6, "checkpoints.integers": 6, "checkpoints.layer": 6.1, "checkpoints.quantization": 6.2,
     "checkpoints.fp8_blocks": 6.2, "checkpoints.gptq": 6.2, "checkpoints.awq": 6.2, "checkpoints.bitsandbytes": 6.2,
     "checkpoints.gguf": 6.2, "checkpoints.compressed_tensors": 6.3, "checkpoints.source": 6.4,

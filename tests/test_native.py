@@ -19,7 +19,7 @@ import torch
 import vecmat
 from cases import asked, here, stored
 from vecmat.kernels import registry
-from vecmat.kernels.cpu_panels import Memory
+from vecmat.kernels._cpu import Memory
 from vecmat.native import native
 
 ROOT = Path(__file__).parents[1]

@@ -16,7 +16,7 @@ from cases import poisoned, stored
 from oracle import Truth
 from vecmat.native import native
 from vecmat.problem import DTYPES
-from vecmat.ready import able, run, run_plain
+from vecmat.ready import able, as_called, run, run_plain
 from vecmat.settings import forget_plans
 
 pytestmark = pytest.mark.skipif(not native().isa, reason=native().reason or "-")
@@ -50,6 +50,19 @@ def own_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for name, kernel in registry()[0].items():
         if name not in ("cpu_panels", "cpu_dense", "fallback"):
+            monkeypatch.setattr(kernel, "rejects", lambda problem, device: "this test wants another kernel")
+    forget_plans()
+
+
+@pytest.fixture
+def packs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """cpu_packed is what can run a dense Weight."""
+    from vecmat.kernels import registry
+
+    kernels = registry()[0]
+    monkeypatch.undo()
+    for name, kernel in kernels.items():
+        if name not in ("cpu_packed", "fallback"):
             monkeypatch.setattr(kernel, "rejects", lambda problem, device: "this test wants another kernel")
     forget_plans()
 
@@ -152,7 +165,7 @@ def test_it_answers_none_for_anything_but_what_it_was_made_for(threads: int) -> 
         with vecmat.settings(strict=True):
             assert run(call, x, weight.data, None, None) is None
         assert run(call, x, weight.data, None, None) is not None
-        biased = warm(x, weight, bias)
+        biased = warm(x, weight, bias)[:1]
         for other in (None, bias[:69], bias.float(), torch.randn(140).bfloat16()[::2], bias.to("meta")):
             assert run(biased, x, weight.data, other, None) is None
     grad = x.clone().requires_grad_()
@@ -162,8 +175,60 @@ def test_it_answers_none_for_anything_but_what_it_was_made_for(threads: int) -> 
         assert run(biased, grad, weight.data, bias, None) is not None
         forget_plans()
         assert run(biased, x, weight.data, bias, None) is None
-    with pytest.raises(TypeError, match="expected a Call"):
+    with pytest.raises(TypeError, match="expected a tuple of Calls"):
         run("call", x, weight.data, None, None)
+    assert run(("call", None), x, weight.data, bias, None) is None
+
+
+@needs_module
+@pytest.mark.parametrize("fmt", ["int8", "bf16"])
+@torch.inference_mode()
+def test_what_is_timed_is_the_call_that_matmul_makes(
+    packs: None, fmt: str, monkeypatch: pytest.MonkeyPatch, threads: int
+) -> None:
+    if fmt == "int8":
+        monkeypatch.undo()
+    x, weight = problem(fmt)
+    plan = vecmat.explain(x, weight).plan
+    gone_long: list[Tensor] = []
+
+    def long(*given: Any) -> Tensor:
+        gone_long.append(plan.run(*given))
+        return gone_long[-1]
+
+    call = as_called(plan.ready, long, x, weight, plan.operand(weight), None, None)
+    assert torch.equal(call(), plan.run(x, plan.operand(weight), None))
+    assert not gone_long
+    assert as_called(None, long, x, weight, plan.operand(weight), None, None)() is gone_long[0]
+    torch.set_num_threads(1)
+    assert call() is gone_long[1]
+
+
+@needs_module
+@torch.inference_mode()
+def test_products_of_several_kinds_with_one_weight_are_all_ready_and_the_oldest_goes() -> None:
+    _, weight = problem("int8")
+    bias = torch.randn(70).bfloat16()
+    asked = [(problem("int8", m)[0], added, compute)
+             for m in (1, 4) for added, compute in ((None, None), (bias, None), (None, "int8"))]  # fmt: skip
+    for x, added, compute in asked[:4]:
+        warm(x, weight, added, compute)
+    before = weight.ready
+    assert len(before) == 4
+    for x, added, compute in asked[:4]:
+        y = run(before, x, weight.data, added, compute)
+        assert y is not None
+        assert torch.equal(y, vecmat.matmul(x, weight, added, compute=compute, kernel="cpu_panels"))
+    assert weight.ready is before, "all were found, nothing was made"
+    warm(*asked[4][:1], weight, *asked[4][1:])
+    assert len(weight.ready) == 4
+    found = [run(weight.ready, x, weight.data, added, compute) is not None for x, added, compute in asked]
+    assert found == [False, True, True, True, True, False]
+    forget_plans()
+    warm(*asked[4][:1], weight, *asked[4][1:])
+    assert len(weight.ready) == 4, "a call that is stale gives its place to the one that replaces it"
+    x, added, compute = asked[4]
+    assert run(weight.ready, x, weight.data, added, compute) is not None
 
 
 @needs_module
@@ -211,6 +276,82 @@ def test_a_dense_weight_that_was_moved_or_replaced_is_read_where_it_is_now() -> 
         layer.load_state_dict({"weight": -other.data, "weight_scale": other.scale})
         negated = vecmat.Weight("int8", -other.data, other.scale)
         assert torch.equal(layer(x.bfloat16()), vecmat.matmul(x.bfloat16(), negated))
+
+
+@needs_module
+@pytest.mark.parametrize("fmt", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("layout", ["nk", "kn"])
+@torch.inference_mode()
+def test_a_packed_dense_weight_is_called_with_the_bits_of_the_long_way(packs: None, fmt: str, layout: Any) -> None:
+    for m, n, k, biased in ((1, 1, 1, True), (1, 70, 96, False), (3, 33, 250, True), (17, 129, 64, False)):
+        for kind in ("fp32", fmt):
+            x, nk = problem(fmt, m, n, k, kind)
+            weight = nk if layout == "nk" else vecmat.Weight(fmt, nk.data.t().contiguous(), layout="kn")
+            bias = torch.randn(n).to(x.dtype) if biased else None
+            long = vecmat.matmul(x, weight, bias, kernel="cpu_packed")
+            call = warm(x, weight, bias)
+            with poisoned(m, n, x.dtype, "cpu"):
+                y = run(call, x, weight.data, bias, None)
+            assert y is not None, (m, n, k, kind)
+            assert torch.equal(y, long)
+            assert Truth.of(x, weight, bias).verdict(y) is None
+            assert run(call, x, weight.data.clone(), bias, None) is None, "another weight"
+
+
+@needs_module
+def test_a_packed_dense_weight_that_was_written_to_is_packed_again(packs: None) -> None:
+    x, weight = problem("bf16")
+    with torch.no_grad():
+        for change in (
+            lambda: weight.data.neg_(),
+            lambda: weight.data[3:4].fill_(2),
+            lambda: setattr(weight.data, "data", torch.randn(70, 96).bfloat16()),
+        ):
+            call = warm(x, weight)
+            before = run(call, x, weight.data, None, None)
+            assert before is not None
+            change()
+            assert run(call, x, weight.data, None, None) is None
+            after = vecmat.matmul(x, weight)
+            assert Truth.of(x, weight).verdict(after) is None
+            assert not torch.equal(after, before)
+            assert torch.equal(vecmat.matmul(x, weight), after)
+            assert vecmat.matmul(x, weight, kernel="cpu_packed").equal(after)
+    layer = vecmat.Linear.from_linear(torch.nn.Linear(96, 70, dtype=torch.bfloat16)).requires_grad_(False)
+    assert layer.bias is not None
+    for _ in range(3):
+        layer(x)
+    layer.weight.data = torch.randn(70, 96).bfloat16()
+    assert Truth.of(x, vecmat.Weight("bf16", layer.weight.detach()), layer.bias).verdict(layer(x)) is None
+    layer.load_state_dict({"weight": torch.ones(70, 96), "bias": torch.zeros(70)})
+    torch.testing.assert_close(layer(x), x.float().sum(1, keepdim=True).expand(3, 70).bfloat16())
+
+
+@needs_module
+def test_the_compiled_call_sees_what_became_of_a_packed_dense_weight(packs: None) -> None:
+    x, weight = problem("fp32")
+    parts = None, None, None, "fp32", 96, "nk", None, None, None
+    with torch.no_grad():
+        for _ in range(3):
+            for _ in range(3):
+                direct = torch.ops.vecmat.direct(x, weight.data, *parts)
+            assert torch.equal(direct, vecmat.matmul(x, weight))
+            assert Truth.of(x, weight).verdict(direct) is None
+            weight.data.neg_()
+
+
+@needs_module
+@torch.inference_mode()
+def test_a_packed_dense_weight_of_inference_mode_is_called_too_and_gone_with_its_copy(packs: None) -> None:
+    x, weight = problem("fp32")
+    call = warm(x, weight)
+    assert run(call, x, weight.data, None, None) is not None
+    copy = weakref.ref(next(iter(weight.packs.values())).tensors[0])
+    data = weakref.ref(weight.data)
+    del weight, call
+    gc.collect()
+    assert copy() is None
+    assert data() is None
 
 
 @needs_module

@@ -39,6 +39,8 @@ typedef int64_t (*Multiply)(const void* weight, const void* x, int64_t ldx, void
                             int64_t x_type, int64_t y_type, int64_t digits, int64_t threads);
 typedef int64_t (*Dense)(const void* spec, const void* x, int64_t ldx, const void* w, int64_t ldw, void* y,
                          const void* bias, int64_t m);
+typedef int64_t (*Packed)(const void* spec, const void* x, int64_t ldx, const void* w, void* y, const void* bias,
+                          int64_t m);
 
 // Given once by ``setup``, for the life of the process.
 struct Torch {
@@ -51,14 +53,20 @@ struct Torch {
 Torch torch;
 PyTypeObject* call_type;
 
-// A product that is ready to be called: the plan of one Problem, and for quantised weights the one weight.
+// Which function of csrc/dispatch.cpp is called: vecmat_multiply, vecmat_dense or vecmat_packed.
+enum Kind { MULTIPLY = 0, DENSE = 1, PACKED = 2 };
+
+// A product that is ready to be called: the plan of one Problem, and for packed weights the one weight.
 struct Call {
     PyObject_HEAD
-    uintptr_t function, first;  // vecmat_multiply and its panels, or vecmat_dense and its spec
-    int64_t dense;
+    int64_t kind;
+    uintptr_t function, spec, packed;  // what describes a dense product, and the packed weight
+    uintptr_t address;                 // PACKED: of the data that it was made from
+    int64_t version;                   // and torch's count of writes to it, -1 if it does not count
     int64_t m, n, k;
     int64_t x_type, w_type, y_type, digits, threads, biased;
     PyObject *out, *compute, *epoch, *keep;  // y's dtype, what was asked for, what tells that it is stale, what it reads
+    PyObject *size, *stride;                 // of y, if x has two dimensions
 };
 
 // The element type as csrc/vecmat.h numbers it, -1 for another.
@@ -88,6 +96,15 @@ bool is_true(PyObject* value) {
 }
 
 bool wants_grad(PyObject* tensor) { return tensor != Py_None && is_true(PyObject_GetAttr(tensor, torch.requires_grad)); }
+
+// torch's count of writes to a tensor, -1 if it says none.
+int64_t version_of(PyObject* tensor) {
+    PyObject* version = PyObject_GetAttr(tensor, torch.version);
+    const int64_t count = version ? PyLong_AsLongLong(version) : -1;
+    Py_XDECREF(version);
+    if (PyErr_Occurred()) PyErr_Clear();
+    return count;
+}
 
 // Whether the settings and the threads are those that the plan was made for.
 bool is_current(const Call* call) {
@@ -121,6 +138,7 @@ bool rows_of(const DLTensor& x, int64_t k, int64_t* m, int64_t* ldx) {
 }
 
 PyObject* fresh(const Call* call, const DLTensor& x) {
+    if (x.ndim == 2) return PyObject_CallFunctionObjArgs(torch.empty, call->size, call->stride, call->out, nullptr);
     PyObject *size = PyTuple_New(x.ndim), *stride = PyTuple_New(x.ndim), *y = nullptr;
     if (size && stride) {
         int64_t step = 1;
@@ -137,18 +155,40 @@ PyObject* fresh(const Call* call, const DLTensor& x) {
     return y;
 }
 
+// What a call is asked for, beside the weight: x's rows and type, a bias, ``compute``.
+struct Asked {
+    DLTensor x;
+    int64_t k, m, ldx, type;
+    bool biased;
+    PyObject* compute;
+};
+
+// What is asked with x, whose last dimension must be k (any if k < 0); false for an x that is not read here.
+bool ask(PyObject* x, int64_t k, PyObject* bias, PyObject* compute, Asked* out) {
+    if (!look(x, &out->x) || out->x.ndim < 1) return false;
+    out->k = k < 0 ? out->x.shape[out->x.ndim - 1] : k;
+    out->type = type_of(out->x), out->biased = bias != Py_None, out->compute = compute;
+    return out->type >= 0 && rows_of(out->x, out->k, &out->m, &out->ldx);
+}
+
+bool answers(const Call* call, const Asked& asked) {
+    return call->m == asked.m && call->k == asked.k && call->x_type == asked.type &&
+           (call->biased != 0) == asked.biased && call->compute == asked.compute;
+}
+
 // y, None if the arguments are not what the call was made for, null with an exception set if something failed.
-PyObject* run(Call* call, PyObject* x, PyObject* weight, PyObject* bias, PyObject* compute) {
-    DLTensor in, w{}, b{}, out;
-    int64_t m, ldx;
-    if (compute != call->compute || (bias != Py_None) != (call->biased != 0) || !look(x, &in) ||
-        type_of(in) != call->x_type || !rows_of(in, call->k, &m, &ldx) || m != call->m)
-        Py_RETURN_NONE;
+PyObject* run(Call* call, const Asked& asked, PyObject* x, PyObject* weight, PyObject* bias) {
+    if (!answers(call, asked)) Py_RETURN_NONE;
+    const DLTensor& in = asked.x;
+    const int64_t m = asked.m, ldx = asked.ldx;
+    DLTensor w{}, b{}, out;
     if (call->biased && !(look(bias, &b) && type_of(b) == call->x_type && b.ndim == 1 && b.shape[0] == call->n &&
                           b.strides[0] == 1))
         Py_RETURN_NONE;
-    if (call->dense && !(look(weight, &w) && type_of(w) == call->w_type && w.ndim == 2 && w.shape[0] == call->n &&
-                         w.shape[1] == call->k && w.strides[1] == 1))
+    if (call->kind != MULTIPLY && !(look(weight, &w) && type_of(w) == call->w_type && w.ndim == 2)) Py_RETURN_NONE;
+    if (call->kind == DENSE && (w.shape[0] != call->n || w.shape[1] != call->k || w.strides[1] != 1)) Py_RETURN_NONE;
+    if (call->kind == PACKED && ((uintptr_t)w.data != call->address ||
+                                 (call->version >= 0 && version_of(weight) != call->version)))
         Py_RETURN_NONE;
     if (!is_current(call)) Py_RETURN_NONE;
     if (is_true(PyObject_CallNoArgs(torch.grad_enabled)) && (wants_grad(x) || wants_grad(weight) || wants_grad(bias)))
@@ -161,10 +201,16 @@ PyObject* run(Call* call, PyObject* x, PyObject* weight, PyObject* bias, PyObjec
     }
     int64_t done;
     Py_BEGIN_ALLOW_THREADS
-    done = call->dense ? ((Dense)call->function)((const void*)call->first, in.data, ldx, w.data, w.strides[0],
-                                                 out.data, b.data, m)
-                       : ((Multiply)call->function)((const void*)call->first, in.data, ldx, out.data, b.data, m,
-                                                    call->x_type, call->y_type, call->digits, call->threads);
+    const void *spec = (const void*)call->spec, *packed = (const void*)call->packed;
+    switch (call->kind) {
+        case DENSE:
+            done = ((Dense)call->function)(spec, in.data, ldx, w.data, w.strides[0], out.data, b.data, m);
+            break;
+        case PACKED: done = ((Packed)call->function)(spec, in.data, ldx, packed, out.data, b.data, m); break;
+        default:
+            done = ((Multiply)call->function)(packed, in.data, ldx, out.data, b.data, m, call->x_type, call->y_type,
+                                              call->digits, call->threads);
+    }
     Py_END_ALLOW_THREADS
     if (!done) {
         Py_DECREF(y);
@@ -172,6 +218,19 @@ PyObject* run(Call* call, PyObject* x, PyObject* weight, PyObject* bias, PyObjec
         return nullptr;
     }
     return y;
+}
+
+// The same for the one of several calls, a tuple of them, that answers; the caller holds the tuple.
+PyObject* run_any(PyObject* calls, PyObject* x, PyObject* weight, PyObject* bias, PyObject* compute) {
+    Asked asked;
+    const Py_ssize_t count = PyTuple_Size(calls);
+    if (count < 0) return nullptr;
+    if (!ask(x, -1, bias, compute, &asked)) Py_RETURN_NONE;
+    for (Py_ssize_t i = 0; i < count; ++i) {
+        Call* call = (Call*)PyTuple_GetItem(calls, i);
+        if (Py_TYPE(call) == call_type && answers(call, asked)) return run(call, asked, x, weight, bias);
+    }
+    Py_RETURN_NONE;
 }
 
 // Products with plain dense tensors, by their sizes and types; a Call checks what it is given, so any slot will do.
@@ -185,13 +244,13 @@ int64_t slot(int64_t m, int64_t n, int64_t k, int64_t type, bool biased) {
 }
 
 PyObject* run_plain(PyObject* x, PyObject* weight, PyObject* bias) {
-    DLTensor in, w;
-    int64_t m, ldx;
-    if (!look(x, &in) || !look(weight, &w) || w.ndim != 2 || !rows_of(in, w.shape[1], &m, &ldx)) Py_RETURN_NONE;
-    Call* call = plain[slot(m, w.shape[0], w.shape[1], type_of(in), bias != Py_None)];
+    DLTensor w;
+    Asked asked;
+    if (!look(weight, &w) || w.ndim != 2 || !ask(x, w.shape[1], bias, Py_None, &asked)) Py_RETURN_NONE;
+    Call* call = plain[slot(asked.m, w.shape[0], w.shape[1], asked.type, asked.biased)];
     if (!call) Py_RETURN_NONE;
     Py_INCREF(call);  // another thread may put one of its own into the slot
-    PyObject* y = run(call, x, weight, bias, Py_None);
+    PyObject* y = run(call, asked, x, weight, bias);
     Py_DECREF(call);
     return y;
 }
@@ -243,15 +302,11 @@ bool unchanged(PyObject* given, PyObject* own, long long version) {
     DLTensor a, b;
     if (!look(given, &a) || !look(own, &b) || !same(a, b)) return false;
     if (version < 0) return true;  // an inference tensor: torch does not count
-    PyObject* now = PyObject_GetAttr(own, torch.version);
-    const long long count = now ? PyLong_AsLongLong(now) : -1;
-    Py_XDECREF(now);
-    if (PyErr_Occurred()) PyErr_Clear();
-    return count == version;
+    return version_of(own) == version;
 }
 
-// The Call of the weight that ``matmul``'s arguments name (a new reference), null if it is not known or has changed.
-PyObject* call_of(PyObject* const* args) {
+// The Calls of the weight that ``matmul``'s arguments name (a new reference), null if it is not known or has changed.
+PyObject* calls_of(PyObject* const* args) {
     DLTensor data;
     if (!weights.room || !look(args[1], &data) || !data.data) return nullptr;
     const Known found = *place(weights.known, weights.room, data.data);
@@ -260,10 +315,10 @@ PyObject* call_of(PyObject* const* args) {
     Py_INCREF(twin);
     bool good = equal(args[5], found.format) && equal(args[6], found.k) && equal(args[7], found.layout);
     for (int i = 0; good && i < 3; ++i) good = unchanged(args[1 + i], found.tensors[i], found.versions[i]);
-    PyObject* call = good ? PyObject_GetAttr(twin, torch.ready) : nullptr;
+    PyObject* calls = good ? PyObject_GetAttr(twin, torch.ready) : nullptr;
     Py_DECREF(twin);
-    if (call && Py_TYPE(call) == call_type) return call;
-    Py_XDECREF(call);
+    if (calls && PyTuple_Check(calls)) return calls;
+    Py_XDECREF(calls);
     PyErr_Clear();
     return nullptr;
 }
@@ -272,9 +327,9 @@ PyObject* call_of(PyObject* const* args) {
 PyObject* matmul(PyObject*, PyObject* const* args, Py_ssize_t count) {
     if (count == 11 && args[8] == Py_None && args[9] == Py_None) {
         PyObject* y = nullptr;
-        if (PyObject* call = call_of(args)) {
-            y = run((Call*)call, args[0], args[1], args[4], args[10]);
-            Py_DECREF(call);
+        if (PyObject* calls = calls_of(args)) {
+            y = run_any(calls, args[0], args[1], args[4], args[10]);
+            Py_DECREF(calls);
         } else if (args[10] == Py_None && PyUnicode_Check(args[5]) && PyUnicode_Check(args[7]) &&
                    PyUnicode_GetLength(args[5]) == 0 && PyUnicode_CompareWithASCIIString(args[7], "nk") == 0) {
             y = run_plain(args[0], args[1], args[4]);
@@ -387,35 +442,53 @@ PyObject* plain_keep(PyObject*, PyObject* call) {
 }
 
 PyObject* call_run(PyObject*, PyObject* const* args, Py_ssize_t count) {
-    if (count != 5 || Py_TYPE(args[0]) != call_type) {
-        PyErr_SetString(PyExc_TypeError, "run: expected a Call, x, weight, bias and compute");
+    if (count != 5 || !PyTuple_Check(args[0])) {
+        PyErr_SetString(PyExc_TypeError, "run: expected a tuple of Calls, x, weight, bias and compute");
         return nullptr;
     }
-    return run((Call*)args[0], args[1], args[2], args[3], args[4]);
+    return run_any(args[0], args[1], args[2], args[3], args[4]);
+}
+
+// Whether two Calls answer the same question, so that a weight needs only the later one.
+PyObject* call_replaces(PyObject* self, PyObject* other) {
+    if (Py_TYPE(other) != call_type) {
+        PyErr_SetString(PyExc_TypeError, "replaces: expected a Call");
+        return nullptr;
+    }
+    const Call* call = (const Call*)self;
+    const Asked asked = {{}, call->k, call->m, 0, call->x_type, call->biased != 0, call->compute};
+    return PyBool_FromLong(answers((const Call*)other, asked));
 }
 
 PyObject* call_new(PyTypeObject* type, PyObject* args, PyObject*) {
-    unsigned long long function, first;
-    long long dense, m, n, k, x_type, w_type, y_type, digits, threads, biased;
+    unsigned long long function, spec, packed, address;
+    long long kind, version, m, n, k, x_type, w_type, y_type, digits, threads, biased;
     PyObject *out, *compute, *epoch, *keep;
-    if (!PyArg_ParseTuple(args, "KKLLLLLLLLLLOOOO", &function, &first, &dense, &m, &n, &k, &x_type, &w_type,
-                          &y_type, &digits, &threads, &biased, &out, &compute, &epoch, &keep))
+    if (!PyArg_ParseTuple(args, "LKKKKLLLLLLLLLLOOOO", &kind, &function, &spec, &packed, &address, &version, &m, &n,
+                          &k, &x_type, &w_type, &y_type, &digits, &threads, &biased, &out, &compute, &epoch, &keep))
         return nullptr;
     allocfunc make = (allocfunc)PyType_GetSlot(type, Py_tp_alloc);
     Call* call = (Call*)make(type, 0);
     if (!call) return nullptr;
-    call->function = (uintptr_t)function, call->first = (uintptr_t)first, call->dense = dense;
+    call->kind = kind, call->function = (uintptr_t)function, call->spec = (uintptr_t)spec;
+    call->packed = (uintptr_t)packed, call->address = (uintptr_t)address, call->version = version;
     call->m = m, call->n = n, call->k = k;
     call->x_type = x_type, call->w_type = w_type, call->y_type = y_type;
     call->digits = digits, call->threads = threads, call->biased = biased;
     Py_INCREF(out), Py_INCREF(compute), Py_INCREF(epoch), Py_INCREF(keep);
     call->out = out, call->compute = compute, call->epoch = epoch, call->keep = keep;
+    call->size = Py_BuildValue("(LL)", m, n), call->stride = Py_BuildValue("(Li)", n, 1);
+    if (!call->size || !call->stride) {
+        Py_DECREF(call);
+        return nullptr;
+    }
     return (PyObject*)call;
 }
 
 void call_free(PyObject* self) {
     Call* call = (Call*)self;
     Py_XDECREF(call->out), Py_XDECREF(call->compute), Py_XDECREF(call->epoch), Py_XDECREF(call->keep);
+    Py_XDECREF(call->size), Py_XDECREF(call->stride);
     PyTypeObject* type = Py_TYPE(self);
     ((freefunc)PyType_GetSlot(type, Py_tp_free))(self);
     Py_DECREF(type);
@@ -441,7 +514,7 @@ PyObject* setup(PyObject*, PyObject* args) {
 PyMethodDef METHODS[] = {
     {"setup", setup, METH_VARARGS, "setup(exchange, Tensor, Parameter, empty, is_grad_enabled, get_num_threads, scope)"},
     {"run", (PyCFunction)(void (*)(void))call_run, METH_FASTCALL,
-     "run(call, x, weight, bias, compute): y, or None where they are not what the call was made for"},
+     "run(calls, x, weight, bias, compute): y, or None where they are not what one of the calls was made for"},
     {"run_plain", (PyCFunction)(void (*)(void))plain_run, METH_FASTCALL,
      "run_plain(x, weight, bias): the same for a dense tensor, with what keep_plain was given"},
     {"keep_plain", plain_keep, METH_O, "keep_plain(call): let run_plain find it"},
@@ -454,8 +527,14 @@ PyMethodDef METHODS[] = {
 
 PyModuleDef MODULE = {PyModuleDef_HEAD_INIT, "_call", nullptr, -1, METHODS, nullptr, nullptr, nullptr, nullptr};
 
-PyType_Slot CALL_SLOTS[] = {
-    {Py_tp_new, (void*)call_new}, {Py_tp_dealloc, (void*)call_free}, {0, nullptr}};
+PyMethodDef CALL_METHODS[] = {
+    {"replaces", call_replaces, METH_O, "replaces(other): whether it is asked for with the same arguments as other"},
+    {nullptr, nullptr, 0, nullptr},
+};
+PyType_Slot CALL_SLOTS[] = {{Py_tp_new, (void*)call_new},
+                            {Py_tp_dealloc, (void*)call_free},
+                            {Py_tp_methods, CALL_METHODS},
+                            {0, nullptr}};
 PyType_Spec CALL = {"vecmat._call.Call", sizeof(Call), 0, Py_TPFLAGS_DEFAULT, CALL_SLOTS};
 
 }  // namespace

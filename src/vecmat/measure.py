@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import datetime
+import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -17,8 +18,9 @@ from torch.nn import functional as F
 from . import table
 from .bench import Sampler, copies_needed, medians, read_probe
 from .device import Device
-from .dispatch import candidates, choose
+from .dispatch import Plan, candidates, choose
 from .problem import DTYPES, Problem
+from .ready import as_called
 from .weights import Weight, quantize
 
 ROUNDS = 15
@@ -57,7 +59,7 @@ def measure(problem: Problem, device: Device, peers: Sequence[str] = ("torch",))
     dense = torch.randn(problem.n, problem.k, device=device.place, generator=generator) / math.sqrt(problem.k)
     plan = choose(problem, device)
     weights = _copies(quantize(dense, str(problem.weight)), copies_needed(device, problem.weight_bytes))
-    contenders = {"vecmat": Sampler(device, [_call(plan.run, x, plan.operand(weight)) for weight in weights])}
+    contenders = {"vecmat": Sampler(device, _calls(plan, x, weights))}
     for peer in peers:
         sampler = _peer(peer, problem, device, x, dense, weights)
         if sampler is not None:
@@ -78,8 +80,9 @@ def measure(problem: Problem, device: Device, peers: Sequence[str] = ("torch",))
     )
 
 
-def _call(run: Callable[..., Tensor], x: Tensor, operand: Any) -> Callable[[], Tensor]:
-    return lambda: run(x, operand, None)
+def _calls(plan: Plan, x: Tensor, weights: Sequence[Weight]) -> list[Callable[[], Tensor]]:
+    compute = plan.problem.compute or None
+    return [as_called(plan.ready, plan.run, x, weight, plan.operand(weight), None, compute) for weight in weights]
 
 
 def _copies(weight: Weight, count: int) -> list[Weight]:
@@ -92,14 +95,15 @@ def _peer(
     if name == "torch":
         own = dense.to(x.dtype)
         count = copies_needed(device, own.nbytes)
-        return Sampler(device, [_call(F.linear, x, copy) for copy in (own, *(own.clone() for _ in range(count - 1)))])
+        copies = own, *(own.clone() for _ in range(count - 1))
+        return Sampler(device, [functools.partial(F.linear, x, copy) for copy in copies])
     answers = {c.kernel: c for c in candidates(problem, device)}
     if name not in answers:
         raise ValueError(f"peer {name!r} is not known; known are torch, {', '.join(sorted(answers))}")
     if answers[name].reason is not None:
         return None
     plan = choose(problem, device, kernel=name)
-    return Sampler(device, [_call(plan.run, x, plan.operand(weight)) for weight in weights])
+    return Sampler(device, _calls(plan, x, weights))
 
 
 def geometric_mean(values: Iterable[float]) -> float:

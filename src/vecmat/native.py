@@ -69,11 +69,11 @@ class Native:
         self.dense = self._lib.vecmat_dense
         self.dense.restype = c_int64
         self.dense.argtypes = [c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_void_p, c_int64]
-        functions = {"multiply": self.multiply, "dense": self.dense}
-        self.addresses = {name: ctypes.cast(function, c_void_p).value for name, function in functions.items()}
         self.packed = self._lib.vecmat_packed
         self.packed.restype = c_int64
         self.packed.argtypes = [c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_int64]
+        functions = {"multiply": self.multiply, "dense": self.dense, "packed": self.packed}
+        self.addresses = {name: ctypes.cast(function, c_void_p).value for name, function in functions.items()}
         self.packed_bytes, self.pack_dense = self._lib.vecmat_packed_bytes, self._lib.vecmat_pack_dense
         self.packed_bytes.restype, self.packed_bytes.argtypes = c_int64, [c_void_p]
         self.pack_dense.restype, self.pack_dense.argtypes = None, [c_void_p, c_void_p, c_int64, c_void_p]

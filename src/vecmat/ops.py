@@ -18,6 +18,7 @@ from .settings import scope
 from .weights import Signature, Weight, check_layout, dense_format
 
 COMPUTES = (None, "int8", "fp8")
+_MOST_READY = 4  # products with one weight that wait to be called again
 
 
 def matmul(
@@ -107,11 +108,15 @@ def matmul_stored(x: Tensor, weight: Weight, bias: Tensor | None, compute: str |
 
 
 def keep_ready(plan: Plan, weight: Tensor | Weight, operand: Any, epoch: object) -> None:
-    """Let the next call like this one go the short way. epoch: the scope's, from before the plan was looked up."""
+    """Let the next call like this one go the short way. epoch: the scope's, from before the plan was looked up.
+
+    A Weight keeps the last few, each for other arguments: rows of a prompt and of decoding, say, come in turn.
+    """
     assert plan.ready is not None
     call = plan.ready(operand, epoch)
     if isinstance(weight, Weight):
-        weight.ready = call
+        others = [known for known in weight.ready or () if not call.replaces(known)]
+        weight.ready = (call, *others[: _MOST_READY - 1])
     else:
         keep_plain(call)
 

@@ -2,8 +2,8 @@
 
 Through Python and ctypes a call costs several microseconds, twice that with cold caches: as much as a small weight's
 bytes. ``_call.run`` looks at x, allocates y and calls the library, with the GIL released meanwhile. A ``Call`` is made
-of a plan once it has run, for its very M, and kept with the Weight; it answers None whenever it is not what is asked
-for now (another x, other settings, another number of threads, a gradient), and the caller goes the long way.
+of a plan once it has run, for its very M, and kept with the Weight beside a few others; when none of them is what is
+asked for now (another x, other settings, another number of threads, a gradient), the caller goes the long way.
 
 Without the module, or on a torch without DLPack's exchange API (before 2.10), nothing is ever ready.
 """
@@ -24,6 +24,7 @@ from .kernels.base import Direct
 from .native import native
 from .problem import DTYPES, Problem
 from .settings import scope
+from .weights import Weight
 
 _module: Any = None
 with contextlib.suppress(ImportError):
@@ -34,7 +35,7 @@ def _nothing(*_: Any) -> None:
     """What stands for the module's functions where it is not: nothing is ready."""
 
 
-# run(call, x, data, bias, compute), run_plain(x, weight, bias): y, or None where they are not what was made ready.
+# run(calls, x, data, bias, compute), run_plain(x, weight, bias): y, or None where they are not what was made ready.
 run: Callable[..., Tensor | None] = getattr(_module, "run", _nothing)
 run_plain: Callable[..., Tensor | None] = getattr(_module, "run_plain", _nothing)
 # keep(twin, format, k, layout), for the function that ``direct_of`` gives; keep_plain(call), for ``run_plain``.
@@ -42,6 +43,7 @@ keep: Callable[..., None] = getattr(_module, "keep", _nothing)
 keep_plain: Callable[..., None] = getattr(_module, "keep_plain", _nothing)
 
 Ready = Callable[[Any, object], Any]
+_KINDS = "multiply", "dense", "packed"  # of functions, as csrc/python/call.cpp numbers them
 
 
 @functools.lru_cache(maxsize=1)
@@ -74,13 +76,36 @@ def maker(direct: Direct | None, problem: Problem, threads: int) -> Ready | None
     """
     if direct is None or not able():
         return None
-    function, make = native().addresses[direct.function], _module.Call
-    dense, out, compute = direct.function == "dense", DTYPES[problem.out], problem.compute or None
+    make, kind = _module.Call, direct.function
+    function, number = native().addresses[kind], _KINDS.index(kind)
+    spec = 0 if direct.spec is None else addressof(direct.spec)
     sizes = problem.m, problem.n, problem.k
     numbers = direct.x, direct.w, direct.y, direct.digits, threads, problem.bias
+    out, compute = DTYPES[problem.out], problem.compute or None
 
     def ready(operand: Any, epoch: object) -> Any:
-        first, keep = (addressof(direct.spec), direct.spec) if dense else (operand.address, operand)
-        return make(function, first, dense, *sizes, *numbers, out, compute, epoch, keep)
+        packed = 0 if kind == "dense" else operand.address
+        state = operand.state if kind == "packed" else (0, -1)
+        keep = direct.spec, None if kind == "dense" else operand
+        return make(number, function, spec, packed, *state, *sizes, *numbers, out, compute, epoch, keep)
 
     return ready
+
+
+def as_called(
+    make: Ready | None, long: Callable[..., Tensor], x: Tensor, weight: Weight, operand: Any, bias: Tensor | None,
+    compute: str | None,
+) -> Callable[[], Tensor]:  # fmt: skip
+    """The product of a plan as a warm ``matmul`` would call it, to be timed: ``long``, or the short way if it has one.
+
+    make: what ``maker`` gave. The rest is ``matmul``'s arguments, and the operand that ``long`` takes for the weight.
+    """
+    if make is None:
+        return lambda: long(x, operand, bias)
+    calls = (make(operand, scope().epoch),)
+
+    def call() -> Tensor:
+        y = run(calls, x, weight.data, bias, compute)
+        return long(x, operand, bias) if y is None else y
+
+    return call

@@ -26,6 +26,7 @@ from .device import Device
 from .kernels import registry
 from .kernels.base import Config, Kernel
 from .problem import DTYPES, Problem
+from .ready import as_called, maker
 from .settings import settings
 from .table import Row
 from .weights import Weight, quantize, quantize_rows
@@ -358,9 +359,14 @@ def _failure_of(candidate: _Candidate, act: Callable[[], Any]) -> str | None:
 
 
 def _calls(candidate: _Candidate, inputs: _Inputs) -> list[Callable[[], Tensor]]:
-    run = candidate.kernel.bind(inputs.problem, inputs.device, candidate.config)
-    operands = [candidate.kernel.operand(weight) for weight in inputs.weights]
-    return [lambda operand=operand: run(inputs.x, operand, inputs.bias) for operand in operands]  # type: ignore[misc]
+    kernel, about = candidate.kernel, (inputs.problem, inputs.device, candidate.config)
+    run, make = kernel.bind(*about), maker(kernel.direct(*about), inputs.problem, inputs.device.units)
+    operands = [kernel.operand(weight) for weight in inputs.weights]
+    compute = inputs.problem.compute or None
+    return [
+        as_called(make, run, inputs.x, weight, operand, inputs.bias, compute)
+        for weight, operand in zip(inputs.weights, operands, strict=True)
+    ]
 
 
 def _try(candidate: _Candidate, inputs: _Inputs, best: float) -> None:

@@ -90,7 +90,7 @@ class Weight:
         self.format, self.data, self.scale, self.zero = fmt, data, scale, zero
         self.n, self.k, self.layout = n, width if k is None else k, layout
         self.packs: dict[str, Any] = {}
-        self.ready: Any = None  # the last product with it that C can call (ready.py)
+        self.ready: Any = None  # a tuple of the last products with it that C can call (ready.py)
         self._check_scales()
         self.signature = Signature.intern(fmt, self.n, self.k, layout if fmt.dense else "nk", data.device)
 

@@ -23,11 +23,12 @@ Run = Callable[[Tensor, Any, Tensor | None], Tensor]
 class Direct:
     """A Problem's product as one call of the CPU library, for a caller in C (``ready.py``).
 
-    function: "multiply", whose weight is at the operand's ``address``, or "dense", which reads a tensor and ``spec``.
+    function: "multiply", whose weight is at the operand's ``address``; "dense", which reads a tensor and ``spec``; or
+    "packed", which reads ``spec`` and the operand's ``address`` as long as the weight has the operand's ``state``.
     x, w, y: element types as the library numbers them, w = -1 for packed ones. digits: bytes of an element of x.
     """
 
-    function: Literal["multiply", "dense"]
+    function: Literal["multiply", "dense", "packed"]
     spec: Any = None
     x: int
     w: int = -1

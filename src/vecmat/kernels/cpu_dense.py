@@ -41,7 +41,7 @@ class CpuDense(Kernel):
 
     def estimate_us(self, problem: Problem, device: Device, config: Config) -> float:
         rate = 0.19 if pairs(problem, device.native) else _RATES.get(device.native, 0.095)
-        moved = time_us(problem.bytes_moved, 0.95 * device.read_gbs, fixed_us=6.0)
+        moved = time_us(problem.bytes_moved, 0.95 * device.read_gbs, fixed_us=3.0)
         later = 2.0 * (problem.m - 1) * problem.n * problem.k  # the first row is multiplied while the weight arrives
         return moved + later / (rate * device.units) * 1e-6
 

@@ -13,8 +13,8 @@ from ..device import Device
 from ..native import DenseSpec, native
 from ..problem import DTYPES, Problem
 from ..weights import Weight
-from ._cpu import TYPES, PackedDense, pairs, rejects_native, spec_of, writes
-from .base import Config, Run, time_us
+from ._cpu import TYPES, Memory, PackedDense, pairs, rejects_native, spec_of, state_of
+from .base import Config, Direct, Run, time_us
 
 # 1e12 operations a second and thread: fp32, pairs of bf16. 4096x4096, 128 rows, on a Zen 4 (docs/cpu.md); portable by
 # its registers' width.
@@ -23,16 +23,16 @@ _AVX512 = (0.105, 0.105)
 
 
 class Packed:
-    """A weight in panels, its one tensor. rows: the plain weight (N, K); version: torch's count of writes to it."""
+    """A weight in panels, its one tensor. rows: the plain weight (N, K); state: of the data it was made from."""
 
-    __slots__ = ("address", "rows", "tensors", "version")
+    __slots__ = ("address", "owner", "rows", "state", "tensors")
 
-    def __init__(self, weight: Weight) -> None:
-        self.version = writes(weight.data)
+    def __init__(self, weight: Weight, memory: Memory) -> None:
+        self.state = state_of(weight.data)
         self.rows = (weight.data.t() if weight.layout == "kn" else weight.data).detach()
         rows = self.rows if self.rows.stride(1) == 1 else self.rows.contiguous()
         spec = DenseSpec(weight.n, weight.k, 0, TYPES[weight.format.name], 0, torch.get_num_threads())
-        data = torch.empty(native().packed_bytes(addressof(spec)), dtype=torch.uint8, device="cpu")
+        data, self.owner = memory.take(native().packed_bytes(addressof(spec)))
         native().pack_dense(addressof(spec), rows.data_ptr(), rows.stride(0), data.data_ptr())
         self.tensors, self.address = (data,), data.data_ptr()
 
@@ -44,8 +44,12 @@ class CpuPacked(PackedDense):
     sums in theirs, the same for every M and every number of threads. bf16 by bf16 uses the instruction for pairs where
     there is one (it takes subnormal numbers for zeros, as torch's own product does there); everything else is widened
     to fp32, exactly. The copy is made anew once the weight was written to, as torch counts that (not for inference
-    tensors, nor through ``.data``).
+    tensors, nor writes through ``.data``).
     """
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self._memory = Memory()
 
     @property
     def packing(self) -> str:  # type: ignore[override]
@@ -64,7 +68,7 @@ class CpuPacked(PackedDense):
 
     def estimate_us(self, problem: Problem, device: Device, config: Config) -> float:
         rate = _RATES.get(device.native, _AVX512)[pairs(problem, device.native)]
-        return time_us(problem.bytes_moved, device.read_gbs, problem.flops, rate * device.units, 6.0)
+        return time_us(problem.bytes_moved, device.read_gbs, problem.flops, rate * device.units, 3.0)
 
     def reduction(self, problem: Problem, config: Config) -> str:
         isa = native().isa
@@ -72,7 +76,7 @@ class CpuPacked(PackedDense):
         return f"{span} in turn, then these sums, {isa}, {'pairs of bf16' if pairs(problem, isa) else 'fp32'}"
 
     def prepare(self, weight: Weight) -> Packed:
-        return Packed(weight)
+        return Packed(weight, self._memory)
 
     def bind(self, problem: Problem, device: Device, config: Config) -> Run:
         multiply = native().packed
@@ -95,3 +99,9 @@ class CpuPacked(PackedDense):
             return y
 
         return run
+
+    def direct(self, problem: Problem, device: Device, config: Config) -> Direct | None:
+        return Direct(
+            function="packed", spec=spec_of(problem, device),
+            x=TYPES[problem.x], w=TYPES[problem.weight.name], y=TYPES[problem.out],
+        )  # fmt: skip

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-import weakref
 from ctypes import addressof
 from typing import Any
 
@@ -14,7 +12,7 @@ from ..device import Device
 from ..native import Panels, native
 from ..problem import DTYPES, Problem
 from ..weights import Weight
-from ._cpu import TYPES, rejects_native
+from ._cpu import TYPES, Memory, rejects_native
 from .base import Config, Direct, Kernel, Run, time_us
 
 # 1e12 operations a second and thread on bytes, for int8 and for int4 weights: 2048x2048, 32 rows, on a Zen 4
@@ -23,46 +21,6 @@ _RATES = {
     "avx512_bf16": (0.40, 0.40), "avx512_vnni": (0.40, 0.40), "avx512": (0.10, 0.19), "avx2": (0.077, 0.13),
     "portable": (0.008, 0.008),
 }  # fmt: skip
-
-
-_HUGE = 2 << 20  # bytes of a huge page
-_CHUNK = 16 << 20  # of memory that small weights share
-_SMALL = 4 << 20  # bytes of a weight that would waste too much of huge pages of its own
-
-
-class Memory:
-    """Memory for packed weights, in huge pages where the system has them: a tenth more of it is read in the same time.
-
-    Small weights share chunks; a chunk is freed with the last of the tensors that ``take`` gave of it.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._chunk: weakref.ref[Tensor] | None = None
-        self._left = 0
-
-    def take(self, nbytes: int) -> tuple[Tensor, Tensor]:
-        """(nbytes,) uint8 at an address of a cache line, its contents undefined, and the tensor that owns it."""
-        if nbytes >= _SMALL:
-            whole = _huge(nbytes)
-            return whole[:nbytes], whole
-        with self._lock:
-            chunk = self._chunk() if self._chunk else None
-            if chunk is None or self._left < nbytes:
-                chunk, self._left = _huge(_CHUNK), _CHUNK
-                self._chunk = weakref.ref(chunk)
-            start = _CHUNK - self._left
-            self._left -= min(self._left, -(-nbytes // 64) * 64)
-        return chunk[start : start + nbytes], chunk
-
-
-def _huge(nbytes: int) -> Tensor:
-    """(nbytes,) uint8 from the start of a huge page on; the system is asked for huge pages that lie within it."""
-    memory = torch.empty(nbytes + _HUGE, dtype=torch.uint8)
-    start = -memory.data_ptr() % _HUGE
-    memory = memory[start : start + nbytes]
-    native().advise(memory.data_ptr(), nbytes // _HUGE * _HUGE)
-    return memory
 
 
 class Packed:

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..device import Device
 from ..problem import Problem
 from ..weights import Weight
-from ._cpu import PackedDense, writes
+from ._cpu import PackedDense, state_of
 from .base import Config, Run, finish, flat, time_us
 
 # Not fp32: oneDNN adds up all of k in one go, and where numbers cancel its error is several times that of F.linear
@@ -19,13 +19,13 @@ _ARCHS = {"bf16": ("avx512_bf16", "amx")}
 
 
 class Packed:
-    """A weight as oneDNN wants it, its one tensor. version: torch's count of writes to the data it was made from."""
+    """A weight as oneDNN wants it, its one tensor. state: of the data it was made from."""
 
-    __slots__ = ("tensors", "version")
+    __slots__ = ("state", "tensors")
 
     def __init__(self, weight: Weight) -> None:
         rows = weight.data.t() if weight.layout == "kn" else weight.data
-        self.version = writes(weight.data)
+        self.state = state_of(weight.data)
         self.tensors = (torch.ops.mkldnn._reorder_linear_weight(rows.detach().contiguous()),)
 
 
@@ -33,7 +33,7 @@ class TorchOnednn(PackedDense):
     """``mkldnn::_linear_pointwise`` on a packed copy of a dense weight of x's dtype; the numbers are oneDNN's own.
 
     The copy takes as much memory as the weight. It is made anew once the weight was written to, as torch counts that
-    (not for inference tensors, nor through ``.data``).
+    (not for inference tensors, nor writes through ``.data``).
     """
 
     packing = "torch_onednn"
