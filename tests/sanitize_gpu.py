@@ -3,8 +3,8 @@
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 9 python tests/sanitize_gpu.py
     compute-sanitizer --tool racecheck --error-exitcode 9 python tests/sanitize_gpu.py
 
-racecheck does not follow mbarriers: it reports cuBLAS' own kernels (nvjet), whose warps hand work to each other by them,
-and ``warpgroups``, which does so too, at the same kind of places (H200, CUDA 13.0). Of the other kernels it reports none.
+racecheck does not follow mbarriers. On an H200 (CUDA 13.0) it reports cuBLAS' own kernels (nvjet), whose warps hand
+work to each other by them, and ``warpgroups``, which does so too; of the other kernels it reports none.
 
 Each tensor has memory of its own (torch's allocator must not cache), of exactly its size, so that a read past its end
 is one past an allocation. Results are compared with float64 all the same.
