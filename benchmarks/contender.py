@@ -35,12 +35,14 @@ def reason(failure: BaseException) -> str:
 class Calls:
     """A contender ready for some rows of x: a call for each copy of its weight, and what the first and last gave.
 
-    result: copy's index -> that call's y, (M, N), any float dtype. kernel: what runs, where there is a choice.
+    result: copy's index -> that call's y, (M, N), any float dtype. kernel: what runs, where there is a choice. spins_s:
+    how long its threads go on spinning after a call, which would take a core from whoever is next.
     """
 
     calls: Sequence[Call]
     result: Callable[[int], Tensor]
     kernel: str = ""
+    spins_s: float = 0.03
 
 
 class Contender(Protocol):

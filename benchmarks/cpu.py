@@ -68,9 +68,6 @@ GROUPS = {
 }  # fmt: skip
 
 SLICE_S = 0.010  # a sample's length: calls are repeated until it is filled
-# Other runtimes' threads go on spinning after a call, and would take a core from the next: onnxruntime's for more than
-# 20 ms (640x2048, M=16, int4: 232 us after 4 or 20 ms, 107 after 100, and 105 where it takes no part).
-SETTLE_S, SPINS_S = 0.03, 0.1
 ENOUGH_S = 1.0  # a contender whose samples have taken this long has had its rounds, LEAST of them given
 LEAST = 3
 APART_S = 60.0  # the longest that a run waits, in all, for threads to get a core each
@@ -189,7 +186,7 @@ def interleave(turns: Sequence[Turn], probe: Probe, cores: Cores, rounds: int, o
         before = probe.gbs()
         for turn in going:
             turn.sample()
-            time.sleep(SPINS_S if turn.name.startswith("onnxruntime") else SETTLE_S)
+            time.sleep(turn.ready.spins_s)
             after = probe.gbs()
             turn.probe.append((before + after) / 2)
             before = after

@@ -35,6 +35,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -127,44 +128,48 @@ class Decoder:
         position.add_(1)
         return logits
 
-    def start(self) -> tuple[Tensor, Tensor]:
-        """The cache holds one token, computed in eager mode: another to go on with, and its position."""
+    def start(self) -> None:
+        """The cache holds one token, computed in eager mode; token and position are another's to go on with."""
         self.cache.reset()
         self.token.copy_(torch.arange(self.batch, device=self.device)[:, None])
         self.position.zero_()
         self.step(self.token, self.position)
         self.token.copy_(torch.arange(1, self.batch + 1, device=self.device)[:, None])
-        return self.token, self.position
 
-    def steps(self, count: int, token: Tensor, position: Tensor) -> Tensor:
+    def steps(self, count: int) -> None:
         for _ in range(count):
             torch.compiler.cudagraph_mark_step_begin()
-            self.run(token, position)
-        return token
+            self.run(self.token, self.position)
+
+    def first(self, run: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """The logits of the first step after ``start``, in fp32. run: ``step``, or what was compiled of it."""
+        self.start()
+        return run(self.token, self.position).float()
 
     def differ(self) -> float:
         """How far the first step's logits are from eager ones, relative to their norm."""
-        eager = self.step(*self.start()).float()
-        return float((self.run(*self.start()).float() - eager).norm() / eager.norm())
+        eager = self.first(self.step)
+        return float((self.first(self.run) - eager).norm() / eager.norm())
 
     def seconds(self) -> list[float]:
         """Of each round of STEPS."""
         times = []
         for _ in range(ROUNDS):
-            start = self.start()
+            self.start()
             synchronize(self.device)
             begun = time.perf_counter()
-            self.steps(STEPS, *start)
+            self.steps(STEPS)
             synchronize(self.device)
             times.append(time.perf_counter() - begun)
         return times
 
     def profile(self, log: Path) -> Step:
         """Where the time of some steps goes, a step. log: a file for the list of kernels."""
-        count, start = PROFILED, self.start()
-        self.steps(2, *start)
+        count = PROFILED
+        self.start()
+        self.steps(2)
         with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as prof:
-            self.steps(count, *start)
+            self.steps(count)
             synchronize(self.device)
         spans = [
             (event.time_range.start, event.time_range.end, event.name)
@@ -221,14 +226,12 @@ def check(model: Any, decoder: Decoder, folder: Path) -> None:
     """
     with FileLock(folder / "check.lock"):  # one fp32 model at a time
         wide = Decoder(copy.deepcopy(model).float(), decoder.batch, compiled=False)
-        truth = wide.step(*wide.start())
+        truth = wide.first(wide.step)
         del wide
         gc.collect()
         if decoder.device.type == "cuda":
             torch.cuda.empty_cache()
-    eager, compiled = (
-        float((run(*decoder.start()).float() - truth).norm() / truth.norm()) for run in (decoder.step, decoder.run)
-    )
+    eager, compiled = (float((decoder.first(run) - truth).norm() / truth.norm()) for run in (decoder.step, decoder.run))
     print(f"batch {decoder.batch}: of the norm from fp32's logits: compiled {compiled:.4f}, eager {eager:.4f}")
     if not compiled <= 1.5 * eager + 0.01:
         sys.exit("compiling made them worse")
@@ -256,7 +259,8 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
         if args.check:
             check(model, decoders[0], args.out.parent)
         for decoder in decoders:
-            decoder.steps(4, *decoder.start())
+            decoder.start()
+            decoder.steps(4)
         ready = time.perf_counter() - begun
         turn()
         for decoder, far in zip(decoders, differs, strict=True):

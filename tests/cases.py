@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import zlib
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,6 +15,10 @@ from vecmat.device import Device
 from vecmat.kernels import registry
 from vecmat.ops import bind_problem
 from vecmat.problem import DTYPES, Format, Problem
+from vecmat.settings import forget_plans
+
+if TYPE_CHECKING:
+    import pytest
 
 DENSE = ("fp32", "bf16", "fp16")
 FORMATS = (
@@ -41,12 +46,22 @@ def interpreted(kernel: str, device: str) -> bool:
     return kernel.startswith("triton_") and here(device).interpreted
 
 
+def only(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    """Only these kernels and the fallback can run anything, so that the sizes here, which are small, choose them."""
+    for name, kernel in registry()[0].items():
+        own = name in (*names, "fallback")
+        rejects = type(kernel).rejects.__get__(kernel) if own else lambda problem, device: "this test wants another"
+        monkeypatch.setattr(kernel, "rejects", rejects)
+    forget_plans()
+
+
 def generator(*words: object) -> torch.Generator:
     """A random generator that depends on the words only."""
     return torch.Generator().manual_seed(zlib.crc32(repr(words).encode()))
 
 
 HARD = ("large", "cancelling", "tiny x", "tiny w", "outlier", "zero")
+ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}  # of one rounding of the result
 
 
 def numbers(kind: str, m: int, n: int, k: int, x: str, seed: str = "") -> tuple[Tensor, Tensor, Tensor]:
@@ -75,6 +90,12 @@ def numbers(kind: str, m: int, n: int, k: int, x: str, seed: str = "") -> tuple[
     else:
         assert kind == "plain", kind
     return a, w, bias
+
+
+def far(y: Tensor, exact: Tensor) -> float:
+    """The relative error of y against a float64 product."""
+    assert y.shape == exact.shape
+    return float((y.double().cpu() - exact).norm() / exact.norm())
 
 
 def guarded(tensor: Tensor, offset: int = 0) -> Tensor:

@@ -176,9 +176,9 @@ bool answers(const Call* call, const Asked& asked) {
            (call->biased != 0) == asked.biased && call->compute == asked.compute;
 }
 
-// y, None if the arguments are not what the call was made for, null with an exception set if something failed.
+// y of a call that answers what is asked, None if weight, bias or settings are not what it was made for, null with an
+// exception set if something failed.
 PyObject* run(Call* call, const Asked& asked, PyObject* x, PyObject* weight, PyObject* bias) {
-    if (!answers(call, asked)) Py_RETURN_NONE;
     const DLTensor& in = asked.x;
     const int64_t m = asked.m, ldx = asked.ldx;
     DLTensor w{}, b{}, out;
@@ -248,7 +248,7 @@ PyObject* run_plain(PyObject* x, PyObject* weight, PyObject* bias) {
     Asked asked;
     if (!look(weight, &w) || w.ndim != 2 || !ask(x, w.shape[1], bias, Py_None, &asked)) Py_RETURN_NONE;
     Call* call = plain[slot(asked.m, w.shape[0], w.shape[1], asked.type, asked.biased)];
-    if (!call) Py_RETURN_NONE;
+    if (!call || !answers(call, asked)) Py_RETURN_NONE;
     Py_INCREF(call);  // another thread may put one of its own into the slot
     PyObject* y = run(call, asked, x, weight, bias);
     Py_DECREF(call);
