@@ -107,6 +107,20 @@ def test_a_plain_tensor_goes_the_same_way(fmt: str, biased: bool) -> None:
     assert run_plain(x, torch.randn(96, 70).to(x.dtype).t(), bias) is None, "its rows are not side by side"
 
 
+@needs_module
+@torch.inference_mode()
+def test_more_sizes_of_plain_tensors_than_are_kept_do_not_answer_for_each_other() -> None:
+    w = torch.randn(3, 5)
+    for m in range(400, 0, -1):
+        x = torch.randn(m, 5)
+        assert run_plain(x, w, None) is None, "no call of this size was made"
+        y = vecmat.matmul(x, w)
+        assert y.shape == (m, 3)
+        again = run_plain(x, w, None)
+        assert again is not None
+        assert torch.equal(again, y)
+
+
 def shapes(x: Tensor) -> dict[str, Tensor]:
     m, k = x.shape
     wide = torch.randn(m, 2 * k).to(x.dtype)
